@@ -1,0 +1,61 @@
+# Every target sets itself up: .venv gets the pinned set once, and again when the pins change.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --retries 10
+# Two workers of one thread each; idle OpenMP threads must not spin.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n 2
+# Kernels are also compiled under these versions of Triton, beside the pinned one.
+TRITONS := 3.6.0 3.9.0
+
+.PHONY: help test lint distill bench compile-check wheel-check clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1: \2/p' Makefile
+
+test: .venv/.installed  ## run the tests
+	$(PYTEST)
+
+lint: .venv/.installed  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+distill: .venv/.installed  ## train a small student from a small teacher
+	$(BIN)/python -m drift_gate distill
+
+bench: .venv/.installed  ## time and memory of the CPU core beside the eager loss
+	$(BIN)/python -m drift_gate.bench.cpu_core
+
+compile-check: $(TRITONS:%=compile-check-%)  ## compile the kernels under other versions of Triton
+
+wheel-check: .venv/.installed  ## build the wheel from the sdist, and import it from elsewhere
+	rm -rf dist
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+	$(PIP_INSTALL) --no-cache-dir --no-deps --no-build-isolation --target dist/site dist/*.tar.gz
+	cd dist/site && test ! -e kernels && test ! -e bench && test -e drift_gate/py.typed
+	cd dist/site && ../../$(BIN)/python -c "import os; \
+	  import drift_gate.kernels.scan as kernels, drift_gate.bench.cpu_core as bench; \
+	  assert all(module.__file__.startswith(os.getcwd()) for module in (kernels, bench))"
+
+clean:  ## remove .venv and everything built
+	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# ttsem asks for Python 3.12, and runs on less.
+.venv/.installed: requirements-dev.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+	  || { echo 'drift_gate needs Python 3.10 to 3.13: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP_INSTALL) -r requirements-dev.txt
+	$(PIP_INSTALL) --no-deps --ignore-requires-python ttsem==0.1.0
+	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	touch $@
+
+.PHONY: $(TRITONS:%=compile-check-%)
+$(TRITONS:%=compile-check-%): compile-check-%: .venv/triton-%/.installed
+	PYTHONPATH=$(CURDIR)/.venv/triton-$* $(PYTEST) tests/test_compile.py
+
+$(TRITONS:%=.venv/triton-%/.installed): .venv/triton-%/.installed: | .venv/.installed
+	$(PIP_INSTALL) --no-deps --upgrade --target $(@D) triton==$*
+	touch $@

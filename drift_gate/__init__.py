@@ -1,0 +1,31 @@
+"""Fused losses for on-policy distillation of language models, with policy-drift gating."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .gate import DriftGate
+from .logits import gather_lse, token_log_probs
+from .losses import opd_loss
+from .outputs import GateOutput, LossOutput
+from .spans import newline_spans
+from .weighting import gate_weights
+
+_here = Path(__file__).parent
+if not (_here / "kernels").is_dir():  # a checkout: kernels/ and bench/ lie beside this folder
+    __path__.append(str(_here.parent))
+
+try:
+    __version__ = version("drift-gate")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0"
+
+__all__ = [
+    "DriftGate",
+    "GateOutput",
+    "LossOutput",
+    "gate_weights",
+    "gather_lse",
+    "newline_spans",
+    "opd_loss",
+    "token_log_probs",
+]

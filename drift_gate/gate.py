@@ -1,0 +1,62 @@
+"""Configuration of the drift gate."""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+Granularity = Literal["token", "block", "span", "sequence"]
+Aggregate = Literal["mean", "mean_abs", "rms", "max_abs"]
+Normalize = Literal["batch", "sequence", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DriftGate:
+    """Blockwise policy-drift gate (Zheng and Jiang, arXiv 2606.24084).
+
+    With the drift `d = old_log_prob - log_prob` of each sampled token, a block's gate is
+    `g = exp(-tau * |aggregate of d over the block's valid tokens|)`, and every token weighs
+    `w = g / mean(g)`: blocks in which the student moved most count least, and the weights have
+    unit mean over the valid tokens.
+
+    Args:
+        granularity: what a block is. "block": `block_size` consecutive positions, counted from
+            the sequence's first valid one (the last block may be partial; masked positions keep
+            their place in the count but enter no mean). "span": the positions of a sequence that
+            bear the same id in `span_ids`. "token": each position. "sequence": all of it.
+        block_size: positions of a "block" (paper: 64).
+        tau: inverse temperature of the gate, at least 0 (paper: 1). 0 makes every weight 1.
+        aggregate: "mean" (paper; opposite drifts in a block cancel), "mean_abs", "rms", "max_abs".
+        normalize: over what the weights have unit mean: the whole "batch" of the call (paper), each
+            "sequence", or "none" for the raw gates.
+
+    Raises:
+        ValueError, TypeError: an option is unknown, `block_size` is not a positive int, or `tau`
+            is negative or not finite.
+    """
+
+    granularity: Granularity = "block"
+    block_size: int = 64
+    tau: float = 1.0
+    aggregate: Aggregate = "mean"
+    normalize: Normalize = "batch"
+
+    def __post_init__(self) -> None:
+        for name, options in _OPTIONS.items():
+            value = getattr(self, name)
+            if value not in options:
+                raise ValueError(f"{name} must be one of {', '.join(options)}; got {value!r}")
+        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
+            raise TypeError(f"block_size must be an int; got {self.block_size!r}")
+        if self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1; got {self.block_size}")
+        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)):
+            raise TypeError(f"tau must be a number; got {self.tau!r}")
+        if not (0 <= self.tau < math.inf):
+            raise ValueError(f"tau must be finite and at least 0; got {self.tau}")
+
+
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "granularity": get_args(Granularity),
+    "aggregate": get_args(Aggregate),
+    "normalize": get_args(Normalize),
+}

@@ -1,0 +1,132 @@
+"""Frontend `logits`: log-probs and logsumexp of logits that the model has produced."""
+
+from torch import Tensor
+
+from . import vocabulary
+from .arguments import (
+    as_batch,
+    check_integer,
+    check_like,
+    check_logits,
+    check_number,
+    flat,
+)
+from .backends import resolve
+from .rows import valid_rows
+
+
+def token_log_probs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Log-prob of each label under softmax(logits / temperature), without a [tokens, V] temporary.
+
+    Args:
+        logits: [..., V], [N, V] or [B, T, V]; bfloat16, float16, float32 (float64 with the
+            PyTorch backend). The last dimension is contiguous; outer strides are free, so that
+            `logits[:, :-1]` is not copied.
+        labels: [...] int64 or int32, aligned: row t of the logits predicts labels[t].
+        temperature: divides the logits; greater than 0.
+        ignore_index: rows with this label are not read and give 0.
+        return_entropy: also return the entropy of each row's distribution.
+        inplace_backward: let the backward overwrite `logits` with their gradient. Saves a
+            [tokens, V] tensor; the logits are lost, and autograd refuses whatever still needs
+            them, a second backward included. Where `torch.compile` traces the call, the compiler
+            decides whether to reuse the memory.
+        backend: "auto" (Triton on a GPU, else PyTorch), "triton", "torch" or "reference".
+
+    Returns:
+        log_probs [...] in nats, differentiable in the logits, and entropy [...] in nats, detached,
+        or None. float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option does not fit. A label outside the
+            vocabulary raises ValueError on the CPU; on a GPU its log-prob is NaN, and nothing
+            outside the row is read.
+    """
+    check_logits(logits)
+    check_integer("labels", labels)
+    check_like("labels", labels, logits.shape[:-1], logits.device, "logits without V")
+    check_number("temperature", temperature, above=0)
+    chosen = resolve(backend, logits)
+    ids = flat(labels)
+    on_cpu = logits.device.type == "cpu"
+    valid = valid_rows(ids, None, None, ignore_index, logits.shape[-1], on_cpu)
+    if chosen == "reference":
+        from . import reference
+
+        rows = logits.reshape(-1, logits.shape[-1])
+        log_probs, all_entropy = reference.token_log_probs(rows, ids, valid, temperature)
+        entropy = all_entropy.detach() if return_entropy else None
+    else:
+        log_probs, entropy = label_log_probs(
+            logits, ids, valid, temperature, return_entropy, inplace_backward, chosen
+        )
+    shape = labels.shape
+    return log_probs.view(shape), None if entropy is None else entropy.view(shape)
+
+
+def label_log_probs(
+    logits: Tensor,
+    ids: Tensor,
+    valid: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """`token_log_probs` on checked arguments: ids [N], valid [N] -> [N], and [N] or None."""
+    _, log_probs, _, _, entropy = vocabulary.scan(
+        as_batch(logits), ids[:, None], valid, 1 / temperature,
+        with_entropy, inplace_backward, backend,
+    )  # fmt: skip
+    return log_probs[:, 0], entropy.detach() if with_entropy else None
+
+
+def gather_lse(
+    logits: Tensor, ids: Tensor, *, temperature: float = 1.0, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Listed logits and logsumexp of each row: what any loss on a few words needs.
+
+    With z = logits / temperature, a loss written over `(z_ids, lse)` in ordinary PyTorch gets the
+    package's memory savings: its gradient is alpha * softmax(z) + sum_k beta_k onehot(ids_k),
+    formed in one pass from the derivatives alpha in lse and beta in z_ids.
+
+    Args:
+        logits: [..., V], [N, V] or [B, T, V], as in `token_log_probs`.
+        ids: [..., K] int64 or int32, 1 <= K <= V; listing an id twice is allowed.
+        temperature: divides the logits; greater than 0.
+        backend: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        z_ids [..., K] and lse [...], float32 (float64 for float64 logits), both differentiable in
+        the logits.
+
+    Raises:
+        ValueError, TypeError: as in `token_log_probs`; K exceeds V.
+    """
+    check_logits(logits)
+    check_integer("ids", ids)
+    k, vocab = ids.shape[-1] if ids.dim() else 0, logits.shape[-1]
+    check_like("ids", ids, (*logits.shape[:-1], k), logits.device, "logits with K for V")
+    if not 1 <= k <= vocab:
+        raise ValueError(f"ids must list between 1 and V = {vocab} words a row; got K = {k}")
+    check_number("temperature", temperature, above=0)
+    chosen = resolve(backend, logits)
+    rows = ids.reshape(-1, k).contiguous()
+    if chosen == "reference":
+        from . import reference
+
+        z, lse = reference.gather_lse(logits.reshape(-1, vocab), rows, temperature)
+    else:
+        z, _, maximum, log_sum, _ = vocabulary.scan(
+            as_batch(logits), rows, None, 1 / temperature, False, False, chosen
+        )
+        lse = maximum.detach() + log_sum
+    return z.view(ids.shape), lse.view(ids.shape[:-1])

@@ -1,0 +1,43 @@
+"""What the public functions return."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+Metrics = dict[str, Tensor]
+
+
+class GateOutput(NamedTuple):
+    """Result of `gate_weights`; everything is detached and has the shape of `log_probs`."""
+
+    weights: Tensor
+    """w: float32, unit mean over the valid positions, 0 on the others."""
+    drift: Tensor
+    """d = old_log_probs - log_probs in nats: float32, 0 on invalid positions."""
+    block_ids: Tensor
+    """int64, numbered 0, 1, ... in the order in which blocks begin; -1 on invalid positions."""
+    metrics: Metrics
+    """gate_mean_raw, gate_min, gate_max, gate_ess, drift_abs, drift_signed: scalars."""
+
+
+class LossOutput(NamedTuple):
+    """Result of a loss function.
+
+    Per-token tensors are float32 (float64 for float64 logits), have the shape of `labels`, and are
+    0 on invalid positions. Only `loss` and `token_loss` carry gradients.
+    """
+
+    loss: Tensor
+    """Scalar, or with `loss_agg_mode="none"` the same as `token_loss`."""
+    token_loss: Tensor
+    """Gated loss w * L of every position, before `loss_agg_mode`."""
+    log_probs: Tensor
+    """Current log-prob of each label, in nats."""
+    gate: Tensor
+    """Weight w of every position; 1 on valid positions where no gate is used."""
+    drift: Tensor
+    """old_log_probs - log_probs, in nats; 0 where no old log-probs are given."""
+    entropy: Tensor | None
+    """Entropy of the student's distribution in nats, where asked for."""
+    metrics: Metrics
+    """Detached scalars on the device of the loss: reading one synchronises, building them not."""

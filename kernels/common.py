@@ -1,0 +1,47 @@
+"""What the passes share: tile widths, alignment, and arithmetic that Triton lacks."""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+ALIGNMENT = 16  # bytes of the widest load
+
+
+def vector_width(x: Tensor) -> int:
+    """Elements of `x` in one 16-byte access."""
+    return ALIGNMENT // x.element_size()
+
+
+def is_aligned(x: Tensor, vector: int) -> bool:
+    """Whether every row of `x [B, T, V]` starts on a 16-byte boundary."""
+    strides = [s for s, n in zip(x.stride()[:2], x.shape[:2], strict=True) if n > 1]
+    return x.data_ptr() % ALIGNMENT == 0 and all(s % vector == 0 for s in strides)
+
+
+@functools.cache
+def programs_wanted(device: torch.device) -> int:
+    """Programs of 256 threads that fill the device once (a multiprocessor holds 2048 threads)."""
+    if device.type != "cuda":
+        return 1
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def expm1_negative(x):
+    """exp(x) - 1 for x in [-0.7, 0], to float32 rounding: Taylor, remainder below 1e-9."""
+    y = 1.0 + x * (1.0 / 10.0)
+    y = 1.0 + x * y * (1.0 / 9.0)
+    y = 1.0 + x * y * (1.0 / 8.0)
+    y = 1.0 + x * y * (1.0 / 7.0)
+    y = 1.0 + x * y * (1.0 / 6.0)
+    y = 1.0 + x * y * (1.0 / 5.0)
+    y = 1.0 + x * y * (1.0 / 4.0)
+    y = 1.0 + x * y * (1.0 / 3.0)
+    y = 1.0 + x * y * (1.0 / 2.0)
+    return x * y

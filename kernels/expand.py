@@ -1,0 +1,230 @@
+"""`expand`: from a few numbers a row to the whole gradient.
+
+Every loss here depends on the logits through logsumexp and K gathered entries, so
+
+    grad_v = scale * (alpha * softmax(z)_v + sum_k beta_k [v = i_k])
+
+One write of the gradient; one read of the logits, and none in rows where alpha is 0. The gradient
+may overwrite the logits: each thread reads an element before it writes that element, and the listed
+entries come from `gathered`, which `scan` kept. One listed entry is written with its tile; several
+are written by a second, small launch.
+
+At a listed entry with p > 1/2, alpha * p + b is formed as alpha * expm1(log p) + (alpha + b): a
+sampled token has b = -alpha, and 1 - p would lose its digits as p approaches 1.
+
+Bytes that must move: N * V * itemsize written, the same read in rows where alpha is not 0.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import ALIGNMENT, LOG2_E, expm1_negative, is_aligned, vector_width
+
+TILE_BYTES = 8192  # of logits: two 16-byte loads in flight per thread
+TILES_PER_PROGRAM = 4
+NUM_WARPS = 8
+
+
+def expand_bytes(logits: Tensor, k: int, *, read: bool = True) -> int:
+    """Bytes that `expand` must move through device memory; `read` is False where alpha is 0."""
+    rows = logits.numel() // max(logits.shape[-1], 1)
+    return logits.numel() * logits.element_size() * (1 + read) + rows * (12 + k * (8 + 4 + 4))
+
+
+@triton.jit
+def _entry(z, b, top, log_sum, alpha, scale):
+    """Gradient at a listed entry whose betas sum to b."""
+    log_p = (z - top) - log_sum
+    near_one = alpha * expm1_negative(log_p) + (alpha + b)
+    g = tl.where(log_p > -0.69, near_one, alpha * tl.exp(log_p) + b)
+    return tl.where(alpha == 0.0, b, g) * scale
+
+
+@triton.jit
+def _tile(x_pointers, out_pointers, mask, is_target, target, top, log_sum, alpha, scale):
+    """Write alpha * softmax over one tile, and `target` where `is_target`; either may be None."""
+    LOG2_E_: tl.constexpr = LOG2_E
+    g = tl.zeros(x_pointers.shape, tl.float32)
+    if alpha != 0.0:
+        x = tl.load(x_pointers, mask=mask).to(tl.float32)
+        log_p = (x * scale - top) - log_sum
+        g = (alpha * scale) * tl.exp2(log_p * LOG2_E_)
+    if is_target is not None:
+        g = tl.where(is_target, target, g)
+    tl.store(out_pointers, g.to(out_pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _expand(
+    logits,  # [B, T, V] any float dtype, last dimension contiguous
+    out,  # [B, T, V] same dtype; may be the logits themselves
+    ids,  # [N, 1] int32 or int64, or None: `_entries` follows
+    gathered,  # [N, 1] float32
+    maximum,  # [N] float32
+    log_sum,  # [N] float32
+    valid,  # [N] uint8, or None
+    alpha,  # [N] float32
+    beta,  # [N, 1] float32
+    stride_batch,
+    stride_row,
+    out_stride_batch,
+    out_stride_row,
+    length,  # T
+    vocab,  # V
+    scale,  # 1 / temperature
+    chunks,  # programs per row
+    ALIGNED: tl.constexpr,  # rows of both tensors start on 16-byte boundaries,
+    CONGRUENT: tl.constexpr,  # or lie equally far beyond one
+    TILE: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    offset = (row // length) * stride_batch + (row % length) * stride_row
+    out_offset = (row // length) * out_stride_batch + (row % length) * out_stride_row
+    lane = tl.arange(0, TILE)
+    # Tiles start on 16-byte boundaries; in the first one, `shift` elements lie before the row.
+    shift = 0
+    if CONGRUENT:
+        shift = (offset % VECTOR).to(tl.int32)
+    if ALIGNED or CONGRUENT:
+        x_pointers = logits + tl.multiple_of(offset - shift, VECTOR) + lane
+        out_pointers = out + tl.multiple_of(out_offset - shift, VECTOR) + lane
+    else:
+        x_pointers = logits + offset + lane
+        out_pointers = out + out_offset + lane
+
+    live = True
+    if valid is not None:
+        live = tl.load(valid + row) != 0
+    weight = tl.where(live, tl.load(alpha + row), 0.0)
+    top = tl.load(maximum + row)
+    log_s = tl.load(log_sum + row)
+    target = 0.0
+    target_column = -1
+    if ids is not None:
+        b = tl.where(live, tl.load(beta + row), 0.0)
+        target = _entry(tl.load(gathered + row), b, top, log_s, weight, scale)
+        column = tl.load(ids + row)
+        known = (column >= 0) & (column < vocab)
+        target_column = tl.where(known, column, -1).to(tl.int32) + shift
+
+    tiles = (vocab + shift + TILE - 1) // TILE
+    share = (tiles + chunks - 1) // chunks
+    begin = chunk * share
+    end = tl.minimum(begin + share, tiles)
+    for tile in range(begin, end):
+        start = tile * TILE
+        is_target = None
+        if ids is not None:
+            is_target = start + lane == target_column
+        if (start >= shift) & (start + TILE <= vocab + shift):
+            _tile(
+                x_pointers + start, out_pointers + start, None,
+                is_target, target, top, log_s, weight, scale,
+            )  # fmt: skip
+        else:
+            mask = (start + lane >= shift) & (start + lane < vocab + shift)
+            _tile(
+                x_pointers + start, out_pointers + start, mask,
+                is_target, target, top, log_s, weight, scale,
+            )  # fmt: skip
+
+
+@triton.jit
+def _entries(
+    out,  # [B, T, V]
+    ids,  # [N, K] int32 or int64
+    gathered,  # [N, K] float32
+    maximum,  # [N] float32
+    log_sum,  # [N] float32
+    valid,  # [N] uint8, or None
+    alpha,  # [N] float32
+    beta,  # [N, K] float32
+    stride_batch,
+    stride_row,
+    length,
+    vocab,
+    scale,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PEERS: tl.constexpr,
+):
+    """Overwrite the listed entries of a row.
+
+    A launch of its own: Triton's barrier does not order the global stores of two threads on every
+    device.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    live = True
+    if valid is not None:
+        live = tl.load(valid + row) != 0
+    offset = (row // length) * stride_batch + (row % length) * stride_row
+    weight = tl.load(alpha + row)
+    top = tl.load(maximum + row)
+    log_s = tl.load(log_sum + row)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        column = tl.load(ids + row * K + k, mask=k < K, other=-1)
+        z = tl.load(gathered + row * K + k, mask=k < K, other=0.0)
+        b = tl.zeros([BLOCK_K], tl.float32)
+        for other in range(0, K, PEERS):  # an id listed twice receives both betas
+            j = other + tl.arange(0, PEERS)
+            peer = tl.load(ids + row * K + j, mask=j < K, other=-1)
+            peer_beta = tl.load(beta + row * K + j, mask=j < K, other=0.0)
+            same = column[:, None] == peer[None, :]
+            b += tl.sum(tl.where(same, peer_beta[None, :], 0.0), 1)
+        g = _entry(z, b, top, log_s, weight, scale)
+        writable = (column >= 0) & (column < vocab) & live
+        tl.store(out + offset + column, g.to(out.dtype.element_ty), mask=writable)
+
+
+def expand(
+    logits: Tensor,  # [B, T, V] bfloat16, float16 or float32; last dimension contiguous
+    ids: Tensor,  # [N, K] int32 or int64, contiguous
+    maximum: Tensor,  # [N] float32, from scan, as the next two
+    log_sum: Tensor,  # [N] float32
+    gathered: Tensor,  # [N, K] float32
+    valid: Tensor | None,  # [N] bool
+    alpha: Tensor,  # [N] float32: d loss / d logsumexp
+    beta: Tensor,  # [N, K] float32: d loss / d z[ids]
+    scale: float,  # 1 / temperature
+    out: Tensor,  # [B, T, V] like logits, any outer strides; may be logits
+) -> None:
+    """Write d loss / d logits into `out`. Rows that are not valid become 0 and are not read.
+
+    An id outside the vocabulary writes nothing. Ids listed twice in a row receive both betas.
+    """
+    _, length, vocab = logits.shape
+    rows, k = ids.shape
+    if rows == 0:
+        return
+    vector = vector_width(logits)
+    aligned = is_aligned(logits, vector) and is_aligned(out, vector)
+    tile = min(TILE_BYTES // logits.element_size(), triton.next_power_of_2(vocab))
+    chunks = triton.cdiv(triton.cdiv(vocab + vector - 1, tile), TILES_PER_PROGRAM)
+    row_data = gathered, maximum, log_sum, None if valid is None else valid.view(torch.uint8)
+    coefficients = alpha, beta
+    _expand[(rows * chunks,)](
+        logits, out, ids if k == 1 else None, *row_data, *coefficients,
+        *logits.stride()[:2], *out.stride()[:2], length, vocab, scale, chunks,
+        ALIGNED=aligned, CONGRUENT=not aligned and _congruent(logits, out, vector),
+        TILE=tile, VECTOR=vector, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    if k > 1:
+        _entries[(rows,)](
+            out, ids, *row_data, *coefficients, *out.stride()[:2], length, vocab, scale,
+            K=k, BLOCK_K=min(triton.next_power_of_2(k), 64), PEERS=16, num_warps=2,
+        )  # fmt: skip
+
+
+def _congruent(x: Tensor, y: Tensor, vector: int) -> bool:
+    """Whether each row of `x` and of `y` starts equally far beyond a 16-byte boundary."""
+    strides = zip(x.stride()[:2], y.stride()[:2], x.shape[:2], strict=True)
+    return (
+        x.data_ptr() % ALIGNMENT == 0
+        and y.data_ptr() % ALIGNMENT == 0
+        and all((a - b) % vector == 0 for a, b, n in strides if n > 1)
+    )

@@ -1,0 +1,72 @@
+"""Inputs of the losses, drawn from a seed: what trainers pass, and its borders."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class Problem:
+    """Arguments of `opd_loss`; row data has the shape of labels."""
+
+    logits: Tensor  # [B, T, V] or [N, V]
+    labels: Tensor
+    old_log_probs: Tensor
+    teacher_log_probs: Tensor
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.logits, self.labels, self.old_log_probs, self.teacher_log_probs
+
+    def to(self, target: torch.device | torch.dtype) -> Problem:
+        """On another device; or with logits and log-probs in another dtype."""
+
+        def move(x: Any) -> Any:
+            if not isinstance(x, Tensor) or (
+                isinstance(target, torch.dtype) and not x.is_floating_point()
+            ):
+                return x
+            return x.detach().to(target)
+
+        options = {name: move(value) for name, value in self.options.items()}
+        return Problem(*(move(x) for x in self.arguments()), options)
+
+
+def log_probs_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """float32 log-prob of each label; ignored labels get that of word 0."""
+    picked = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0).long()[..., None])
+    return picked[..., 0]
+
+
+def peaked_logits(*shape: int, generator: torch.Generator, spread: float = 2.0) -> Tensor:
+    """Logits like a model's: noise, and one word a row that takes much of the mass."""
+    logits = torch.randn(*shape, generator=generator) * spread
+    winner = torch.randint(shape[-1], (*shape[:-1], 1), generator=generator)
+    lift = 12 * torch.rand(*shape[:-1], 1, generator=generator)
+    return logits.scatter_add(-1, winner, lift)
+
+
+def draw(
+    *shape: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    drift: float = 0.3,
+    masked: float = 0.0,
+    **options: Any,
+) -> Problem:
+    """Logits [*shape]; the old policy `drift` away, the teacher farther; a share masked."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = peaked_logits(*shape, generator=generator).to(dtype)
+    p = logits.float().softmax(-1)
+    u = torch.rand(*shape[:-1], 1, generator=generator)
+    labels = (p.cumsum(-1) < u).sum(-1).clamp(max=shape[-1] - 1)
+    noise = torch.randn(*shape, generator=generator)
+    old = log_probs_of(logits + drift * noise, labels)
+    teacher = log_probs_of(logits + torch.randn(*shape, generator=generator), labels)
+    if masked:
+        options["response_mask"] = torch.rand(*shape[:-1], generator=generator) >= masked
+    return Problem(logits, labels, old, teacher, options)
