@@ -8,6 +8,7 @@ from .logits import gather_lse, token_log_probs
 from .losses import opd_loss
 from .outputs import GateOutput, LossOutput
 from .spans import newline_spans
+from .topk import topk_loss
 from .weighting import gate_weights
 
 _here = Path(__file__).parent
@@ -28,4 +29,5 @@ __all__ = [
     "newline_spans",
     "opd_loss",
     "token_log_probs",
+    "topk_loss",
 ]

@@ -1,92 +1,14 @@
-"""Gated on-policy-distillation losses from logits."""
+"""`opd_loss`: the gated sampled-token loss from logits."""
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
-from . import rows
-from .arguments import (
-    Layout,
-    check_integer,
-    check_like,
-    check_logits,
-    check_number,
-    check_option,
-    flat,
-    flat_mask,
-    flat_row_data,
-    flat_span_ids,
-    layout_of,
-)
-from .backends import resolve
+from .arguments import check_integer, check_number, check_option
+from .batch import finish, prepare
 from .gate import DriftGate
 from .logits import label_log_probs
-from .outputs import LossOutput, Metrics
-from .weighting import check_gate, named
+from .outputs import LossOutput
 
 ESTIMATORS = ("ppo", "importance", "k1", "k2", "k3")
-LOSS_AGG_MODES = (
-    "token-mean",
-    "token-sum",
-    "seq-mean-token-sum",
-    "seq-mean-token-sum-norm",
-    "seq-mean-token-mean",
-    "none",
-)
-
-
-class Reduction(NamedTuple):
-    """`loss_agg_mode` as the row functions take it: see `rows.sampled_token`."""
-
-    factor: float
-    denominator: str
-    token_mean: bool
-    divisor: Tensor | None
-    """A denominator that lives on the device; it divides the finished loss."""
-
-
-def reduction(
-    mode: str,
-    *,
-    batch_num_tokens: float | Tensor | None,
-    dp_size: int,
-    global_batch_size: float | Tensor | None,
-    loss_scale_factor: float | None,
-    layout: Layout,
-) -> Reduction:
-    """Translate verl's `agg_loss` arguments; raises ValueError where they do not fit."""
-    check_option("loss_agg_mode", mode, LOSS_AGG_MODES)
-    check_number("dp_size", dp_size, above=0)
-    by_sequence = mode.startswith("seq-")
-    name = "global_batch_size" if by_sequence else "batch_num_tokens"
-    size = global_batch_size if by_sequence else batch_num_tokens
-    factor, divisor = float(dp_size), None
-    if mode == "none":
-        return Reduction(1.0, "given", False, None)
-    if mode == "token-sum":
-        return Reduction(factor, "given", False, None)
-    if size is None:
-        if dp_size > 1:
-            raise ValueError(f"{name} must be given where dp_size > 1 (dp_size = {dp_size})")
-        denominator = "sequences" if by_sequence else "tokens"
-    elif isinstance(size, Tensor):
-        if size.numel() != 1:
-            raise ValueError(f"{name} must be one number; got shape {list(size.shape)}")
-        denominator, divisor = "given", size.detach().reshape(())
-    else:
-        check_number(name, size, above=0)
-        denominator, factor = "given", factor / size
-    if mode == "seq-mean-token-sum-norm":
-        if loss_scale_factor is None and layout.cu_seqlens is not None:
-            raise ValueError(
-                'loss_scale_factor must be given with "seq-mean-token-sum-norm" in a packed '
-                "batch (a padded one takes T)"
-            )
-        if loss_scale_factor is not None:
-            check_number("loss_scale_factor", loss_scale_factor, above=0)
-        factor = factor / max(layout.length if loss_scale_factor is None else loss_scale_factor, 1)
-    return Reduction(factor, denominator, mode == "seq-mean-token-mean", divisor)
 
 
 def opd_loss(
@@ -169,65 +91,35 @@ def opd_loss(
             outside the vocabulary raises on the CPU and with `validate`; on a GPU it otherwise
             makes the loss NaN, and nothing outside its row is read or written.
     """
-    check_logits(logits)
+    _check_options(estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip)
     check_integer("labels", labels)
-    check_like("labels", labels, logits.shape[:-1], logits.device, "logits without V")
-    _check_options(
-        estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip, temperature
-    )
-    _check_old_log_probs(gate, estimator, old_log_probs)
-    chosen = resolve(backend, logits)
-    layout = layout_of("labels", labels, cu_seqlens)
-    reduce = reduction(
-        loss_agg_mode,
-        batch_num_tokens=batch_num_tokens,
-        dp_size=dp_size,
-        global_batch_size=global_batch_size,
-        loss_scale_factor=loss_scale_factor,
-        layout=layout,
-    )
-    device, dtype = logits.device, torch.promote_types(logits.dtype, torch.float32)
-    where = layout, device, "labels"
-    old = None
-    if old_log_probs is not None:
-        old = flat_row_data("old_log_probs", old_log_probs, *where, dtype)
-    teacher = flat_row_data("teacher_log_probs", teacher_log_probs, *where, dtype)
-    mask = flat_mask(response_mask, *where)
-    by_span = gate is not None and gate.granularity == "span"
-    spans = flat_span_ids(span_ids, by_span, *where)
-    ids = flat(labels)
-    check = validate or device.type == "cpu"
-    valid = rows.valid_rows(ids, mask, layout.cu_seqlens, ignore_index, logits.shape[-1], check)
+    batch = prepare(
+        logits, labels, old_log_probs, gate=gate, response_mask=response_mask,
+        cu_seqlens=cu_seqlens, span_ids=span_ids, temperature=temperature,
+        ignore_index=ignore_index, loss_agg_mode=loss_agg_mode, batch_num_tokens=batch_num_tokens,
+        dp_size=dp_size, global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
+        validate=validate, backend=backend,
+    )  # fmt: skip
+    if old_log_probs is None and estimator in ("ppo", "importance"):
+        raise ValueError(
+            f"old_log_probs must be a tensor with estimator {estimator!r}; got None (k1, k2 and "
+            "k3 do without)"
+        )
+    teacher = batch.row_data("teacher_log_probs", teacher_log_probs)
     clips = clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip
-    if chosen == "reference":
+    if batch.backend == "reference":
         from . import reference
 
+        sizes = batch_num_tokens, dp_size, global_batch_size, loss_scale_factor
         return reference.opd_loss(
-            logits, ids, old, teacher, valid, layout, spans, gate, estimator, clips, temperature,
-            loss_agg_mode, batch_num_tokens, dp_size, global_batch_size, loss_scale_factor,
-            return_entropy,
-        )  # fmt: skip
-
+            batch, teacher, estimator, clips, loss_agg_mode, sizes, return_entropy
+        )
+    assert batch.ids is not None
     log_probs, entropy = label_log_probs(
-        logits, ids, valid, temperature, return_entropy, inplace_backward, chosen
-    )
-    loss, row_data, drift, metrics = _finish(
-        log_probs, old, teacher, valid, spans, layout, gate, estimator, clips, reduce, chosen
-    )
-    tokens = metrics.pop("valid_tokens")
-    if entropy is not None:
-        metrics["entropy"] = entropy.sum() / tokens.clamp(min=1)
-    shape = layout.shape
-    token_loss = row_data[1].view(shape)
-    return LossOutput(
-        loss=token_loss if loss_agg_mode == "none" else loss,
-        token_loss=token_loss,
-        log_probs=log_probs.detach().view(shape),
-        gate=row_data[0].detach().view(shape),
-        drift=drift.view(shape),
-        entropy=None if entropy is None else entropy.view(shape),
-        metrics=metrics,
-    )
+        logits, batch.ids, batch.valid, temperature, return_entropy, inplace_backward,
+        batch.backend,
+    )  # fmt: skip
+    return finish(batch, log_probs, entropy, teacher, estimator, clips)
 
 
 def _check_options(
@@ -236,7 +128,6 @@ def _check_options(
     clip_ratio_high: float,
     clip_ratio_c: float,
     advantage_clip: float | None,
-    temperature: float,
 ) -> None:
     check_option("estimator", estimator, ESTIMATORS)
     check_number("clip_ratio_low", clip_ratio_low, above=0, inclusive=True)
@@ -244,71 +135,3 @@ def _check_options(
     check_number("clip_ratio_c", clip_ratio_c, above=1)
     if advantage_clip is not None:
         check_number("advantage_clip", advantage_clip, above=0)
-    check_number("temperature", temperature, above=0)
-
-
-def _check_old_log_probs(
-    gate: DriftGate | None, estimator: str, old_log_probs: Tensor | None
-) -> None:
-    """A gate and the ratio need the sampling policy's log-probs."""
-    if gate is not None:
-        check_gate(gate)
-    if old_log_probs is not None:
-        return
-    if gate is not None:
-        raise ValueError(
-            "old_log_probs must be a tensor where a gate is used; got None (gate=None trains "
-            "ungated)"
-        )
-    if estimator in ("ppo", "importance"):
-        raise ValueError(
-            f"old_log_probs must be a tensor with estimator {estimator!r}; got None (k1, k2 and "
-            "k3 do without)"
-        )
-
-
-Clips = tuple[float, float, float, float | None]
-Finished = tuple[Tensor, Tensor, Tensor, Metrics]
-
-
-def _finish(
-    log_probs: Tensor,
-    old: Tensor | None,
-    teacher: Tensor | None,
-    valid: Tensor,
-    spans: Tensor | None,
-    layout: Layout,
-    gate: DriftGate | None,
-    estimator: str,
-    clips: Clips,
-    reduce: Reduction,
-    backend: str,
-) -> Finished:
-    """Gate, loss and reduction of flat rows: (loss, [weight, token loss, ...], drift, metrics)."""
-    blocks = None
-    count = reduce.token_mean or reduce.denominator == "sequences"
-    sequences = layout.cu_seqlens, layout.length
-    if gate is not None:
-        blocks, _ = rows.row_blocks(
-            log_probs.detach(), old, valid, spans, *sequences,
-            gate.granularity, gate.block_size, gate.aggregate, count, backend,
-        )  # fmt: skip
-    elif count:
-        blocks, _ = rows.row_blocks(
-            log_probs.detach(), None, valid, None, *sequences, "token", 1, "mean", True, backend
-        )
-    tau, normalize = (0.0, "off") if gate is None else (float(gate.tau), gate.normalize)
-    loss, row_data, metrics = rows.sampled_token(
-        log_probs, old, teacher, valid, blocks, *sequences, tau, normalize, estimator, *clips,
-        reduce.factor, reduce.denominator, reduce.token_mean, backend,
-    )  # fmt: skip
-    if gate is not None:
-        assert blocks is not None
-        drift = blocks[0]
-    else:
-        drift = torch.zeros_like(valid, dtype=log_probs.dtype)
-        if old is not None:
-            drift = torch.where(valid, old - log_probs.detach(), drift)
-    if reduce.divisor is not None:
-        loss = loss / reduce.divisor
-    return loss, row_data, drift, named(metrics)

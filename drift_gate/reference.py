@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Layout
+from .batch import Batch, Clips, Sizes
 from .gate import DriftGate
 from .outputs import GateOutput, LossOutput
 
@@ -197,17 +198,10 @@ def sampled_token_loss(
 
 
 def aggregate_loss(
-    token_loss: Tensor,
-    valid: Tensor,
-    sequences: Slices,
-    mode: str,
-    *,
-    batch_num_tokens: float | Tensor | None,
-    dp_size: int,
-    global_batch_size: float | Tensor | None,
-    loss_scale_factor: float,
+    token_loss: Tensor, valid: Tensor, sequences: Slices, mode: str, sizes: Sizes, layout: Layout
 ) -> Tensor:
     """Sum token_loss [N] as verl's `agg_loss` does; an empty batch gives 0."""
+    batch_num_tokens, dp_size, global_batch_size, loss_scale_factor = sizes
     if mode == "none":
         return token_loss
     total = token_loss.sum()
@@ -223,54 +217,59 @@ def aggregate_loss(
             total = (torch.stack(sums) / (counts.to(total.dtype) + 1e-8)).sum()
     size = (counts > 0).sum().clamp(min=1) if global_batch_size is None else global_batch_size
     loss = total / size * dp_size
-    return loss / loss_scale_factor if mode == "seq-mean-token-sum-norm" else loss
+    if mode == "seq-mean-token-sum-norm":
+        return loss / (loss_scale_factor or max(layout.length, 1))
+    return loss
 
 
 def opd_loss(
-    logits: Tensor,
-    labels: Tensor,
-    old_log_probs: Tensor | None,
+    batch: Batch,
     teacher_log_probs: Tensor,
-    valid: Tensor,
-    layout: Layout,
-    span_ids: Tensor | None,
-    gate: DriftGate | None,
     estimator: str,
-    clips: tuple[float, float, float, float | None],
-    temperature: float,
+    clips: Clips,
     loss_agg_mode: str,
-    batch_num_tokens: float | Tensor | None,
-    dp_size: int,
-    global_batch_size: float | Tensor | None,
-    loss_scale_factor: float | None,
+    sizes: Sizes,
     return_entropy: bool,
 ) -> LossOutput:
-    """`drift_gate.opd_loss`; row data flat, logits [N, V] or [B, T, V]."""
-    z = logits.reshape(-1, logits.shape[-1])
-    log_probs, entropy = token_log_probs(z, labels, valid, temperature)
+    """`drift_gate.opd_loss` on checked arguments; row data [N]."""
+    valid = batch.valid
+    assert batch.ids is not None
+    logits = batch.logits.reshape(-1, batch.logits.shape[-1])
+    log_probs, entropy = token_log_probs(logits, batch.ids, valid, batch.temperature)
     teacher = torch.where(valid, teacher_log_probs, 0)
-    new = log_probs.detach()
-    old = new if old_log_probs is None else torch.where(valid, old_log_probs, 0)
-    if gate is None:
-        w, drift = valid.to(new.dtype), old - new
-        metrics = gate_metrics(w, w, drift, valid)
-    else:
-        w, drift, _, metrics = gate_weights(new, old, valid, layout, span_ids, gate)
+    old = log_probs if batch.old is None else torch.where(valid, batch.old, 0)
     low, high, c, bound = clips
     loss, clipped = sampled_token_loss(
-        log_probs, old, teacher, estimator=estimator, clip_ratio_low=low, clip_ratio_high=high,
-        clip_ratio_c=c, advantage_clip=bound,
+        log_probs, old.detach(), teacher, estimator=estimator, clip_ratio_low=low,
+        clip_ratio_high=high, clip_ratio_c=c, advantage_clip=bound,
     )  # fmt: skip
-    token_loss = torch.where(valid, w * loss, 0)
-    total = aggregate_loss(
-        token_loss, valid, sequences_of(layout), loss_agg_mode,
-        batch_num_tokens=batch_num_tokens, dp_size=dp_size, global_batch_size=global_batch_size,
-        loss_scale_factor=loss_scale_factor or max(layout.length, 1),
-    )  # fmt: skip
-    metrics["pg_clipfrac"] = mean(clipped.to(new.dtype), valid)
+    entropy_or_none = entropy.detach() if return_entropy else None
+    result = finish(batch, log_probs.detach(), entropy_or_none, loss, loss_agg_mode, sizes)
+    result.metrics["pg_clipfrac"] = mean(clipped.to(log_probs.dtype), valid)
+    return result
+
+
+def finish(
+    batch: Batch,
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    loss: Tensor,
+    loss_agg_mode: str,
+    sizes: Sizes,
+) -> LossOutput:
+    """Gate and reduce position losses [N]; log_probs [N] are the labels', detached."""
+    valid, layout, gate = batch.valid, batch.layout, batch.gate
+    old = log_probs if batch.old is None else torch.where(valid, batch.old, 0)
+    if gate is None:
+        w, drift = valid.to(log_probs.dtype), old - log_probs
+        metrics = gate_metrics(w, w, drift, valid)
+    else:
+        w, drift, _, metrics = gate_weights(log_probs, old, valid, layout, batch.spans, gate)
     metrics["ppo_kl"] = mean(drift.clamp(-20, 20), valid)
-    if return_entropy:
-        metrics["entropy"] = mean(entropy.detach(), valid)
+    if entropy is not None:
+        metrics["entropy"] = mean(entropy, valid)
+    token_loss = torch.where(valid, w * loss, 0)
+    total = aggregate_loss(token_loss, valid, sequences_of(layout), loss_agg_mode, sizes, layout)
 
     def shaped(x: Tensor) -> Tensor:
         return x.view(layout.shape)
@@ -278,9 +277,9 @@ def opd_loss(
     return LossOutput(
         loss=shaped(total) if loss_agg_mode == "none" else total,
         token_loss=shaped(token_loss),
-        log_probs=shaped(new),
+        log_probs=shaped(log_probs),
         gate=shaped(w),
         drift=shaped(drift),
-        entropy=shaped(entropy.detach()) if return_entropy else None,
+        entropy=None if entropy is None else shaped(entropy),
         metrics=metrics,
     )

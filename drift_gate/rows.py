@@ -161,6 +161,8 @@ def sampled_token(
 
     Args:
         log_probs, old_log_probs, teacher_log_probs: [N]; no teacher gives the gate alone.
+        estimator: as `opd_loss` has them; or "given": the position losses are computed already,
+            and stand in the place of the teacher's log-probs.
         valid: [N] bool.
         blocks: rows of `row_blocks`; None where there is neither a gate nor a count.
         normalize: "batch", "sequence" or "none" as in `DriftGate`; "off" without a gate.
@@ -172,8 +174,8 @@ def sampled_token(
     Returns:
         loss []; rows [4, N]: weight, token loss, its slope in log_probs, coefficient of the token
         loss in the loss ([1, N], the weight, without a teacher); metrics in the order of METRICS.
-        Differentiable in `log_probs` through `loss` and through the token loss; the gate is
-        detached.
+        Differentiable in `log_probs`, or with "given" in the position losses, through `loss` and
+        through the token loss; the gate is detached.
     """
     if backend == "triton":
         from .kernels.sampled_token import sampled_token as run
@@ -215,6 +217,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
+    ctx.given = inputs[9] == "given"
 
 
 def _backward(
@@ -229,7 +232,8 @@ def _backward(
         if grad_rows is not None:
             through_token = slope * grad_rows[1]
             grad = through_token if grad is None else grad + through_token
-    return (grad, *(None,) * 17)
+    log_probs, losses = (None, grad) if ctx.given else (grad, None)
+    return (log_probs, None, losses, *(None,) * 15)
 
 
 sampled_token.register_autograd(_backward, setup_context=_setup_context)

@@ -43,10 +43,10 @@ def scan(
 
     Raises ValueError for an id outside [0, V) in a valid row on the CPU; elsewhere it gives NaN.
     """
-    batch, length, vocab = logits.shape
-    bad = _bad_ids(ids, valid, vocab)
     size = _chunk_rows(logits)
-    scratch = logits.new_empty((1 + with_entropy, size, vocab), dtype=_accumulator(logits))
+    scratch = logits.new_empty(
+        (1 + with_entropy, size, logits.shape[2]), dtype=_accumulator(logits)
+    )
     chunks = [scratch.new_zeros((3, 0))]
     for (x,), (mask,) in _sequences((logits,), (valid,)):
         for rows in _chunks(mask, len(x), size):
@@ -54,12 +54,24 @@ def scan(
     maximum, total, entropy = _spread(torch.cat(chunks, 1), valid)
     log_sum = total.clamp_(min=1).log_()  # the sum includes exp(0); rows left out hold 0
     log_sum.masked_fill_(maximum == -torch.inf, -torch.inf)  # as logsumexp has it
-    unread = bad if valid is None else bad | ~valid[:, None]
-    index = ids.masked_fill(unread, 0).long().view(batch, length, ids.shape[1])
-    gathered = logits.gather(2, index).view(ids.shape).to(scratch.dtype).mul_(scale)
-    gathered.masked_fill_(unread, 0).masked_fill_(bad, torch.nan)
+    gathered = gather(logits, ids, valid, scale)
     log_probs = (gathered - maximum[:, None]).sub_(log_sum[:, None])
     return gathered, log_probs, maximum, log_sum, entropy if with_entropy else entropy.new_empty(0)
+
+
+@torch.no_grad()
+def gather(
+    logits: Tensor,  # [B, T, V]
+    ids: Tensor,  # [N, K]
+    valid: Tensor | None,  # [N] bool; None: all rows
+    scale: float,
+) -> Tensor:
+    """z[ids] [N, K], as `scan` returns it."""
+    bad = _bad_ids(ids, valid, logits.shape[2])
+    unread = bad if valid is None else bad | ~valid[:, None]
+    index = ids.masked_fill(unread, 0).long().view(*logits.shape[:2], ids.shape[1])
+    gathered = logits.gather(2, index).view(ids.shape).to(_accumulator(logits)).mul_(scale)
+    return gathered.masked_fill_(unread, 0).masked_fill_(bad, torch.nan)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 FAR = torch.iinfo(torch.int64).max
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Row data in float64, or in float32 on devices that have nothing wider."""
     return x if x.device.type in ("mps", "xpu") else x.double()
 
@@ -102,7 +102,7 @@ def row_blocks(
     sequence = sequence_numbers(n, length, cu_seqlens, valid)
     sequences = Segments(sequence)
     rows = torch.arange(n, device=valid.device)
-    candidate = torch.where(valid, rows, n).to(_wide(log_probs).dtype)
+    candidate = torch.where(valid, rows, n).to(wide(log_probs).dtype)
     first = sequences.reduce(candidate, "min").long()
     out = log_probs.new_zeros(4 if count else 2, n)
     block_first = torch.full((n,), -1, dtype=torch.int32, device=valid.device)
@@ -111,7 +111,7 @@ def row_blocks(
         out[3] = valid & (rows == first)
     if old_log_probs is None:
         return out, block_first
-    drift = torch.where(valid, _wide(old_log_probs) - _wide(log_probs), 0)
+    drift = torch.where(valid, wide(old_log_probs) - wide(log_probs), 0)
     blocks = Segments(_block_key(granularity, sequence, first, block_size, span_ids))
     out[0] = drift
     out[1] = torch.where(valid, _aggregate(drift, blocks, valid, aggregate), 0)
@@ -222,14 +222,14 @@ def sampled_token(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `drift_gate.rows.sampled_token`."""
     dtype = log_probs.dtype
-    new = torch.where(valid, _wide(log_probs), 0)
-    old = new if old_log_probs is None else torch.where(valid, _wide(old_log_probs), 0)
+    new = torch.where(valid, wide(log_probs), 0)
+    old = new if old_log_probs is None else torch.where(valid, wide(old_log_probs), 0)
     drift = old - new
     raw = torch.ones_like(new)
     weight = valid.to(new.dtype)
     if normalize != "off":
         assert blocks is not None
-        a = _wide(blocks[1])
+        a = wide(blocks[1])
         raw = torch.where(valid, torch.exp(-tau * a), 0)
         weight = raw
         if normalize != "none":
@@ -242,8 +242,10 @@ def sampled_token(
         metrics = _metrics(raw, weight, drift, clipped, valid)
         return new.new_zeros((), dtype=dtype), weight[None].to(dtype), metrics.to(dtype)
 
-    teacher = torch.where(valid, _wide(teacher_log_probs), 0)
-    if estimator in ("ppo", "importance"):
+    teacher = torch.where(valid, wide(teacher_log_probs), 0)
+    if estimator == "given":
+        value, slope = teacher, torch.ones_like(teacher)
+    elif estimator in ("ppo", "importance"):
         clips = clip_low, clip_high, clip_c, advantage_clip
         value, slope, clipped = _ratio_loss(new, old, teacher, *clips, estimator == "ppo")
     else:
@@ -256,7 +258,7 @@ def sampled_token(
         coefficient = coefficient / blocks[3].sum().clamp(min=1)
     if token_mean:
         assert blocks is not None
-        coefficient = coefficient / (_wide(blocks[2]) + 1e-8)
+        coefficient = coefficient / (wide(blocks[2]) + 1e-8)
     value = torch.where(valid, weight * value, 0)
     slope = torch.where(valid, weight * slope, 0)
     rows = torch.stack([weight, value, slope, coefficient]).to(dtype)

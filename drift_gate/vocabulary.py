@@ -199,10 +199,59 @@ def _backward(
     if beta is None:
         beta = torch.zeros_like(gathered)
     row_data = ids, maximum, log_sum, gathered, valid, alpha, beta, ctx.scale, ctx.backend
-    if not ctx.inplace:
-        return expand(logits, *row_data), *nothing
+    return _write_gradient(logits, row_data, ctx.inplace), *nothing
+
+
+def _write_gradient(logits: Tensor, row_data: tuple[Any, ...], inplace: bool) -> Tensor:
+    """The gradient in a new tensor, or in place of the logits."""
+    if not inplace:
+        return expand(logits, *row_data)
     expand_(logits, *row_data)
-    return logits.detach(), *nothing
+    return logits.detach()
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+@custom_op("drift_gate::gather", mutates_args=())
+def gather(
+    logits: Tensor,
+    ids: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    inplace_backward: bool,
+    backend: str,
+) -> Tensor:
+    """`scan`'s gathered [N, K] alone: K entries of each row are read, and no logsumexp is known.
+
+    The gradient is sparse, alpha = 0: `expand` writes it and reads nothing.
+    """
+    return torch_passes.gather(logits, ids, valid, scale)
+
+
+@gather.register_fake
+def _(
+    logits: Tensor,
+    ids: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    inplace_backward: bool,
+    backend: str,
+) -> Tensor:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(ids.shape, dtype=dtype)
+
+
+def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, ids, valid, ctx.scale, ctx.inplace, ctx.backend = inputs
+    ctx.save_for_backward(logits, ids, valid)
+
+
+def _backward_gather(ctx: Any, beta: Tensor) -> tuple[Tensor | None, ...]:
+    logits, ids, valid = ctx.saved_tensors
+    zero = beta.new_zeros(beta.shape[0])
+    row_data = ids, zero, zero, beta, valid, zero, beta, ctx.scale, ctx.backend
+    return _write_gradient(logits, row_data, ctx.inplace), *(None,) * 5
+
+
+gather.register_autograd(_backward_gather, setup_context=_setup_gather)

@@ -127,7 +127,7 @@ def _divergence_loss(new, teacher, ESTIMATOR: tl.constexpr):
 def _sampled_token(
     log_probs,  # [N] float32
     old_log_probs,  # [N] float32, or None
-    teacher_log_probs,  # [N] float32, or None: the gate alone is wanted
+    teacher_log_probs,  # [N] float32; ESTIMATOR "given": L itself; None: the gate alone is wanted
     valid,  # [N] uint8
     blocks,  # [2 or 4, N] float32 from row_blocks, or None where neither gate nor counts are
     cu_seqlens,  # [n_sequences + 1], or None
@@ -210,7 +210,10 @@ def _sampled_token(
 
             if teacher_log_probs is not None:
                 teacher = tl.load(teacher_log_probs + row, mask=live, other=0.0)
-                if ESTIMATOR == "ppo" or ESTIMATOR == "importance":
+                if ESTIMATOR == "given":
+                    value = teacher
+                    slope = teacher * 0.0 + 1.0
+                elif ESTIMATOR == "ppo" or ESTIMATOR == "importance":
                     value, slope, clipped = _ratio_loss(
                         new, old, teacher, CLIP_LOW, CLIP_HIGH, CLIP_C, ADVANTAGE_CLIP,
                         ESTIMATOR == "ppo",
@@ -247,7 +250,7 @@ def _sampled_token(
 def sampled_token(
     log_probs: Tensor,  # [N] float32
     old_log_probs: Tensor | None,  # [N] float32
-    teacher_log_probs: Tensor | None,  # [N] float32; None: the gate alone
+    teacher_log_probs: Tensor | None,  # [N] float32, or with "given" L itself; None: the gate alone
     valid: Tensor,  # [N] bool
     blocks: Tensor | None,  # [2 or 4, N] float32, from row_blocks
     cu_seqlens: Tensor | None,  # [B + 1]

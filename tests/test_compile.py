@@ -14,6 +14,7 @@ from drift_gate.kernels.blocks import row_blocks
 from drift_gate.kernels.expand import expand
 from drift_gate.kernels.sampled_token import sampled_token
 from drift_gate.kernels.scan import scan
+from drift_gate.kernels.topk import topk_rows
 from support.compile_check import TARGETS, Report, report
 from support.launches import compile_only
 
@@ -75,6 +76,21 @@ def test_expand(target, dtype, vocab, k):
     assert tiles.widest_store >= 128
     assert len(others) == (k > 1)
     assert all(entries.spill_bytes == 0 for entries in others)
+
+
+@pytest.mark.parametrize(
+    ("direction", "support", "k"),
+    [("reverse", "renormalized", 64), ("forward", "truncated", 256), ("jsd", "tail", 64)],
+)
+def test_topk_rows(target, direction, support, k):
+    lists, valid = torch.zeros(64, k), torch.ones(64, dtype=torch.bool)
+    result = compiled(
+        target,
+        "_topk_rows",
+        lambda: topk_rows(lists, lists, lists, lists > 0, valid, direction, support, 0.5),
+    )
+    assert result.spill_bytes == 0
+    assert result.registers <= 128
 
 
 @pytest.mark.parametrize(

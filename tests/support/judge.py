@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,15 +11,19 @@ from torch import Tensor
 import drift_gate as dg
 
 from .numerics import assert_as_good_as
-from .problems import Problem
 
 PER_TOKEN = ("token_loss", "log_probs", "gate", "drift", "entropy")
 
 
 def loss_and_grad(
-    problem: Problem, backend: str, upstream: Tensor | None = None, **options: Any
+    problem: Any,
+    backend: str,
+    upstream: Tensor | None = None,
+    *,
+    function: Callable[..., dg.LossOutput] = dg.opd_loss,
+    **options: Any,
 ) -> tuple[dg.LossOutput, Tensor]:
-    """`opd_loss` and the gradient of its logits; `upstream` weighs per-token losses."""
+    """A loss and the gradient of its logits; `upstream` weighs per-token losses."""
     original = problem.logits
     logits = torch.empty_strided(
         original.shape, original.stride(), dtype=original.dtype, device=original.device
@@ -26,20 +31,36 @@ def loss_and_grad(
     logits.copy_(original).requires_grad_()
     _, *rest = problem.arguments()
     merged = {**problem.options, **options, "backend": backend, "return_entropy": True}
-    result = dg.opd_loss(logits, *rest, **merged)
+    result = function(logits, *rest, **merged)
     (grad,) = torch.autograd.grad(result.loss, logits, upstream)
     return result, grad
 
 
-def assert_good(problem: Problem, backend: str, *, device: Any = "cpu", **options: Any) -> None:
-    """Loss, per-token outputs, metrics and gradient of `backend` are as good as eager PyTorch's."""
+def assert_good(problem: Any, backend: str, *, device: Any = "cpu", **options: Any) -> None:
+    """`opd_loss` of `backend` is as good as eager PyTorch's."""
+    assert_same_budget(dg.opd_loss, problem, backend, device=device, **options)
+
+
+def assert_same_budget(
+    function: Callable[..., dg.LossOutput],
+    problem: Any,
+    backend: str,
+    *,
+    device: Any = "cpu",
+    **options: Any,
+) -> None:
+    """Loss, per-token outputs, metrics and gradient are as good as eager PyTorch's."""
     upstream = None
     if {**problem.options, **options}.get("loss_agg_mode") == "none":
-        upstream = torch.linspace(-1, 1, problem.labels.numel()).view(problem.labels.shape)
+        shape = problem.logits.shape[:-1]
+        upstream = torch.linspace(-1, 1, shape.numel()).view(shape)
 
-    def run(p: Problem, name: str, where: Any) -> tuple[dg.LossOutput, Tensor]:
-        weight = None if upstream is None else upstream.to(where, p.old_log_probs.dtype)
-        return loss_and_grad(p.to(torch.device(where)), name, weight, **options)
+    def run(p: Any, name: str, where: Any) -> tuple[dg.LossOutput, Tensor]:
+        weight = None
+        if upstream is not None:
+            weight = upstream.to(where, torch.promote_types(p.logits.dtype, torch.float32))
+        moved = p.to(torch.device(where))
+        return loss_and_grad(moved, name, weight, function=function, **options)
 
     got, got_grad = run(problem, backend, device)
     eager, eager_grad = run(problem, "reference", "cpu")
@@ -49,7 +70,10 @@ def assert_good(problem: Problem, backend: str, *, device: Any = "cpu", **option
         assert_as_good_as(*(x.cpu().reshape(-1) for x in triple), name=name)
     assert got.metrics.keys() == truth.metrics.keys()
     for name, value in truth.metrics.items():
-        assert_as_good_as(
-            got.metrics[name].cpu()[None], eager.metrics[name][None], value[None], name=name
-        )
+        if value.is_floating_point():
+            assert_as_good_as(
+                got.metrics[name].cpu()[None], eager.metrics[name][None], value[None], name=name
+            )
+        else:
+            assert got.metrics[name].cpu() == value, name
     assert_as_good_as(got_grad.cpu(), eager_grad, truth_grad, name="gradient")

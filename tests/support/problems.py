@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -24,16 +25,16 @@ class Problem:
 
     def to(self, target: torch.device | torch.dtype) -> Problem:
         """On another device; or with logits and log-probs in another dtype."""
+        options = {name: _move(value, target) for name, value in self.options.items()}
+        return Problem(*(_move(x, target) for x in self.arguments()), options)
 
-        def move(x: Any) -> Any:
-            if not isinstance(x, Tensor) or (
-                isinstance(target, torch.dtype) and not x.is_floating_point()
-            ):
-                return x
-            return x.detach().to(target)
 
-        options = {name: move(value) for name, value in self.options.items()}
-        return Problem(*(move(x) for x in self.arguments()), options)
+def _move(x: Any, target: torch.device | torch.dtype) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    if isinstance(target, torch.dtype) and not x.is_floating_point():
+        return x
+    return x.detach().to(target)
 
 
 def log_probs_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -70,3 +71,38 @@ def draw(
     if masked:
         options["response_mask"] = torch.rand(*shape[:-1], generator=generator) >= masked
     return Problem(logits, labels, old, teacher, options)
+
+
+@dataclasses.dataclass
+class TopkProblem:
+    """Arguments of `topk_loss`; the teacher's lists are [..., K]."""
+
+    logits: Tensor
+    labels: Tensor | None
+    old_log_probs: Tensor | None
+    ids: Tensor
+    teacher: Tensor
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.logits, self.labels, self.old_log_probs, self.ids, self.teacher
+
+    def to(self, target: torch.device | torch.dtype) -> TopkProblem:
+        """As `Problem.to`."""
+        options = {name: _move(value, target) for name, value in self.options.items()}
+        return TopkProblem(*(_move(x, target) for x in self.arguments()), options)
+
+
+def draw_topk(*shape: int, k: int, teacher_share: float = 1.0, **options: Any) -> TopkProblem:
+    """As `draw`; the teacher, some way from the student, lists its K likeliest words.
+
+    `teacher_share` scales the listed masses: below 1 the list surely leaves some out.
+    """
+    problem = draw(*shape, **options)
+    generator = torch.Generator().manual_seed(11)
+    teacher = problem.logits.float() + torch.randn(*shape, generator=generator)
+    log_q, ids = teacher.log_softmax(-1).topk(k)
+    log_q = log_q + math.log(teacher_share)
+    return TopkProblem(
+        problem.logits, problem.labels, problem.old_log_probs, ids, log_q, problem.options
+    )

@@ -1,0 +1,85 @@
+"""`topk_loss` on Triton kernels: the nine divergences, missing entries, launches."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from drift_gate.kernels import topk as kernel_module
+from support.judge import assert_same_budget, loss_and_grad
+from support.launches import record_launches
+from support.problems import draw_topk
+
+from drift_gate import topk_loss
+
+PAIRS = [*itertools.product(["reverse", "forward", "jsd"], ["renormalized", "truncated", "tail"])]
+
+
+@pytest.mark.parametrize(("direction", "support"), PAIRS)
+def test_directions_and_supports(kernels_on_cpu, direction, support, monkeypatch):
+    """K = 5 pads a tile of 8; 26 rows are two programs, the second with rows to spare."""
+    monkeypatch.setattr(kernel_module, "ELEMENTS", 128)
+    problem = draw_topk(2, 13, 40, k=5, masked=0.2, teacher_share=0.9)
+    problem.ids[0, 1, 2] = -1
+    problem.teacher[0, 2, :3] = -torch.inf
+    problem.ids[1, 4] = -1  # a row without support
+    options = {"direction": direction, "support": support, "beta": 0.3}
+    assert_same_budget(topk_loss, problem, "triton", device=kernels_on_cpu, **options)
+
+
+def test_infinities_and_nan(kernels_on_cpu):
+    """A listed word without mass costs nothing backwards and everything forwards; NaN stays."""
+    for direction in ("reverse", "forward", "jsd"):
+        results = []
+        for backend, device in (("triton", kernels_on_cpu), ("reference", "cpu")):
+            problem = draw_topk(1, 4, 30, k=3)
+            problem.logits[0, 1, problem.ids[0, 1, 0]] = -torch.inf
+            problem.logits[0, 2, problem.ids[0, 2, 1]] = torch.nan
+            problem.teacher[0, 3, 1] = torch.nan
+            moved = problem.to(torch.device(device))
+            result = topk_loss(
+                *moved.arguments(), direction=direction, gate=None, loss_agg_mode="none",
+                backend=backend,
+            )  # fmt: skip
+            results.append(result.loss.cpu())
+        torch.testing.assert_close(results[0], results[1], equal_nan=True)
+        assert results[0][0, 2:].isnan().all()
+        assert results[0][0, 1].isinf() == (direction == "forward")
+
+
+def test_launches(kernels_on_cpu):
+    """LSM: one read of the logits forward, one write of the gradient backward."""
+    problem = draw_topk(1, 12, 40, k=4).to(kernels_on_cpu)
+    problem.logits.requires_grad_()
+    with record_launches() as forward:
+        result = topk_loss(*problem.arguments(), backend="triton")
+    names = [launch.name for launch in forward]
+    assert names == ["_scan", "_topk_rows", "_row_blocks", "_sampled_token"]
+    with record_launches() as backward:
+        result.loss.backward()
+    assert [launch.name for launch in backward] == ["_expand", "_entries"]
+    problem.labels = problem.old_log_probs = None
+    with record_launches() as gathered:
+        topk_loss(*problem.arguments(), gate=None, backend="triton")
+    assert [launch.name for launch in gathered] == ["_topk_rows", "_sampled_token"]
+
+
+def test_ids_outside_the_vocabulary_poison_the_loss(kernels_on_cpu):
+    problem = draw_topk(1, 6, 40, k=3).to(kernels_on_cpu)
+    problem.ids[0, 3, 1] = 40
+    if kernels_on_cpu.type == "cpu":
+        with pytest.raises(ValueError, match="teacher_topk_ids must lie in"):
+            topk_loss(*problem.arguments(), backend="triton")
+    else:
+        assert topk_loss(*problem.arguments()).loss.isnan()
+
+
+def test_inplace_backward_gives_the_same_bits(kernels_on_cpu):
+    problem = draw_topk(2, 10, 90, k=4, dtype=torch.bfloat16, masked=0.2).to(kernels_on_cpu)
+    for support in ("renormalized", "truncated"):
+        _, expected = loss_and_grad(problem, "triton", function=topk_loss, support=support)
+        _, grad = loss_and_grad(
+            problem, "triton", function=topk_loss, support=support, inplace_backward=True
+        )
+        assert torch.equal(grad, expected)
