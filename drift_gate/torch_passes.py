@@ -104,7 +104,10 @@ def expand(
             z = _scaled(_take(x, rows), scale, scratch)
             if m is not None:
                 z = torch.sub(z, _take(m, rows), out=scratch[: len(z)])
-            _store(y, rows, torch.exp(z, out=scratch[: len(z)]), _take(f, rows))
+            if isinstance(rows, slice) and y.dtype == z.dtype:
+                torch.exp(z, out=y[rows]).mul_(_take(f, rows))
+            else:
+                _store(y, rows, torch.exp(z, out=scratch[: len(z)]), _take(f, rows))
     _put_entries(out, ids, maximum, log_sum, gathered, valid, alpha, beta, scale)
 
 
@@ -165,12 +168,10 @@ def _zero(x: Tensor, rows: Rows) -> None:
 
 def _store(x: Tensor, rows: Rows, values: Tensor, factor: Tensor) -> None:
     """x[rows] = factor * values, rounded once; overwrites the values."""
-    if not isinstance(rows, slice):
-        x.index_copy_(0, rows, values.mul_(factor).to(x.dtype))
-    elif x.dtype == values.dtype:
-        torch.mul(values, factor, out=x[rows])
-    else:
+    if isinstance(rows, slice):
         x[rows].copy_(values.mul_(factor))
+    else:
+        x.index_copy_(0, rows, values.mul_(factor).to(x.dtype))
 
 
 def _spread(values: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:

@@ -124,6 +124,57 @@ def _divergence_loss(new, teacher, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
+def _position_loss(
+    new,
+    old,
+    teacher,
+    ESTIMATOR: tl.constexpr,
+    CLIP_LOW: tl.constexpr,
+    CLIP_HIGH: tl.constexpr,
+    CLIP_C: tl.constexpr,
+    ADVANTAGE_CLIP: tl.constexpr,
+):
+    """L of each row, dL/d logp, and whether PPO's clip is active."""
+    if ESTIMATOR == "given":
+        return teacher, tl.full(teacher.shape, 1.0, tl.float32), teacher != teacher
+    if ESTIMATOR == "ppo" or ESTIMATOR == "importance":
+        return _ratio_loss(
+            new, old, teacher, CLIP_LOW, CLIP_HIGH, CLIP_C, ADVANTAGE_CLIP, ESTIMATOR == "ppo"
+        )
+    value, slope = _divergence_loss(new, teacher, ESTIMATOR)
+    return value, slope, value != value
+
+
+@triton.jit
+def _store_metrics(
+    metrics_out,
+    n_valid,
+    raw,
+    weight,
+    square,
+    weight_min,
+    weight_max,
+    drift_abs,
+    drift,
+    clipped,
+    kl,
+):
+    """Reduce the lanes' sums over the valid rows, in the order of METRICS."""
+    over = 1.0 / tl.maximum(n_valid, 1.0)
+    total = tl.sum(weight, 0)
+    squares = tl.sum(square, 0)
+    tl.store(metrics_out + 0, tl.sum(raw, 0) * over)
+    tl.store(metrics_out + 1, tl.where(n_valid > 0.0, tl.min(weight_min, 0), 0.0))
+    tl.store(metrics_out + 2, tl.max(weight_max, 0))
+    tl.store(metrics_out + 3, tl.where(squares == 0.0, 0.0, total / squares * total * over))
+    tl.store(metrics_out + 4, tl.sum(drift_abs, 0) * over)
+    tl.store(metrics_out + 5, tl.sum(drift, 0) * over)
+    tl.store(metrics_out + 6, tl.sum(clipped, 0) * over)
+    tl.store(metrics_out + 7, tl.sum(kl, 0) * over)
+    tl.store(metrics_out + 8, n_valid)
+
+
+@triton.jit
 def _sampled_token(
     log_probs,  # [N] float32
     old_log_probs,  # [N] float32, or None
@@ -210,17 +261,10 @@ def _sampled_token(
 
             if teacher_log_probs is not None:
                 teacher = tl.load(teacher_log_probs + row, mask=live, other=0.0)
-                if ESTIMATOR == "given":
-                    value = teacher
-                    slope = teacher * 0.0 + 1.0
-                elif ESTIMATOR == "ppo" or ESTIMATOR == "importance":
-                    value, slope, clipped = _ratio_loss(
-                        new, old, teacher, CLIP_LOW, CLIP_HIGH, CLIP_C, ADVANTAGE_CLIP,
-                        ESTIMATOR == "ppo",
-                    )  # fmt: skip
-                    clipped_sum += (clipped & live).to(tl.float32)
-                else:
-                    value, slope = _divergence_loss(new, teacher, ESTIMATOR)
+                value, slope, clipped = _position_loss(
+                    new, old, teacher, ESTIMATOR, CLIP_LOW, CLIP_HIGH, CLIP_C, ADVANTAGE_CLIP
+                )
+                clipped_sum += (clipped & live).to(tl.float32)
                 value = tl.where(live, weight * value, 0.0)
                 slope = tl.where(live, weight * slope, 0.0)
                 coefficient = tl.where(live, factor, 0.0)
@@ -232,19 +276,11 @@ def _sampled_token(
                 tl.store(rows_out + 2 * n_rows + row, slope, mask=inside)
                 tl.store(rows_out + 3 * n_rows + row, coefficient, mask=inside)
 
-    over = 1.0 / tl.maximum(n_valid, 1.0)
-    total = tl.sum(weight_sum, 0)
-    square = tl.sum(square_sum, 0)
     tl.store(loss_out, tl.sum(loss_sum, 0))
-    tl.store(metrics_out + 0, tl.sum(raw_sum, 0) * over)
-    tl.store(metrics_out + 1, tl.where(n_valid > 0.0, tl.min(weight_min, 0), 0.0))
-    tl.store(metrics_out + 2, tl.max(weight_max, 0))
-    tl.store(metrics_out + 3, tl.where(square == 0.0, 0.0, total / square * total * over))
-    tl.store(metrics_out + 4, tl.sum(drift_abs, 0) * over)
-    tl.store(metrics_out + 5, tl.sum(drift_sum, 0) * over)
-    tl.store(metrics_out + 6, tl.sum(clipped_sum, 0) * over)
-    tl.store(metrics_out + 7, tl.sum(kl_sum, 0) * over)
-    tl.store(metrics_out + 8, n_valid)
+    _store_metrics(
+        metrics_out, n_valid, raw_sum, weight_sum, square_sum, weight_min, weight_max,
+        drift_abs, drift_sum, clipped_sum, kl_sum,
+    )  # fmt: skip
 
 
 def sampled_token(

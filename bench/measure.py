@@ -1,0 +1,123 @@
+"""Time, memory and machine of a measurement."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports each start and stop
+
+
+@dataclass
+class Memory:
+    """Bytes of live tensor storage beyond those at entry. Set when the block ends."""
+
+    peak: int = 0
+
+
+@contextmanager
+def peak_bytes(device: torch.device) -> Iterator[Memory]:
+    """Measure the largest total of live tensor bytes, temporaries and results included.
+
+    Exact: from the allocator's own events on the CPU, from requested bytes on a GPU.
+    """
+    memory = Memory()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_stats(device)["requested_bytes.all.current"]
+        yield memory
+        torch.cuda.synchronize(device)
+        memory.peak = torch.cuda.memory_stats(device)["requested_bytes.all.peak"] - start
+        return
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield memory
+    live = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        memory.peak = max(memory.peak, live)
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock time of one run, its result dropped after the clock has stopped."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """(lower quartile, median, upper quartile)."""
+    q = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    )
+    low, median, high = q.tolist()
+    return low, median, high
+
+
+def device_name(device: torch.device) -> str:
+    """What the vendor calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """A file name out of a device name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def available_bytes() -> float:
+    """Memory of the host that can be had without swapping; infinite where it cannot be told."""
+    meminfo = Path("/proc/meminfo")
+    found = meminfo.exists() and re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())
+    return int(found[1]) * 1024 if found else float("inf")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure must be read with."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """Commit of this source tree, with "+" where it was changed since; "unknown" outside one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = "+" if git("status", "--porcelain") else ""
+        return git("rev-parse", "--short=12", "HEAD") + changed
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,130 @@
+"""Command line `drift-gate`; needs the extra `cli`."""
+
+from typing import Annotated, NoReturn
+
+import torch
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"drift-gate's command line needs the package {missing.name}: pip install drift-gate[cli]"
+    ) from None
+
+app = typer.Typer(
+    help="Fused, drift-gated losses for on-policy distillation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+
+
+def fail(message: str) -> NoReturn:
+    """One line on the error stream, exit code 2."""
+    typer.echo(f"drift-gate: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def parse_device(name: str) -> torch.device:
+    """A device that is present here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        fail(f"--device must be cpu, cuda or cuda:N; got {name!r}")
+    if device.type not in ("cpu", "cuda"):
+        fail(f"--device must be cpu, cuda or cuda:N; got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        fail(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+@app.command()
+def check(
+    backend: Annotated[
+        str | None, typer.Option(help="triton or torch; all that can run, if left out.")
+    ] = None,
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Compare each backend with the float64 reference: loss, gradients, memory, time.
+
+    Exits with 1 where an error is over its budget: twice the error of eager PyTorch in the same
+    dtype plus half a unit in the last place.
+    """
+    from . import checks
+
+    present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    devices = [parse_device(name) for name in ([device] if device else present)]
+    if backend not in (None, "triton", "torch"):
+        fail(f"--backend must be triton or torch; got {backend!r}")
+    pairs = [(d, b) for d in devices for b in checks.backends_on(d) if backend in (None, b)]
+    if not pairs:
+        fail(f"--backend {backend} cannot run on {', '.join(map(str, devices))}")
+    passed = [_check(d, b, seed) for d, b in pairs]
+    if not all(passed):
+        raise typer.Exit(1)
+
+
+def _check(device: torch.device, backend: str, seed: int) -> bool:
+    """Print one backend's table, and return whether everything is within budget."""
+    from . import checks
+    from .bench.measure import device_name
+
+    table = Table(
+        title=f'backend "{backend}" on {device_name(device)}, torch {torch.__version__}',
+        caption="error: share of what is allowed; extra: peak bytes beyond the inputs, gradient "
+        "included; ratios: to the eager loss",
+    )
+    for name in ("problem", "dtype"):
+        table.add_column(name, no_wrap=True)
+    for name in ("loss error", "grad error", "extra MB", "extra ratio", "time ratio"):
+        table.add_column(name, justify="right")
+    table.add_column("", no_wrap=True)
+    passed = True
+    console = Console()
+    with console.status(f"backend {backend} on {device}") as status:
+        for problem in checks.problems(device, seed):
+            dtype = str(problem.logits.dtype).removeprefix("torch.")
+            status.update(f"backend {backend} on {device}: {problem.name}, {dtype}")
+            try:
+                result = checks.check(problem, backend)
+            except Exception as error:  # what a backend may raise is not known
+                passed = False
+                console.print(f"{problem.name}, {dtype}: {type(error).__name__}: {error}")
+                table.add_row(problem.name, dtype, *["-"] * 5, "[red]FAILED[/]")
+                continue
+            passed &= result.passed
+            table.add_row(
+                problem.name,
+                dtype,
+                f"{result.loss_error:.2f}",
+                f"{result.grad_error:.2f}",
+                f"{result.memory / 1e6:.1f}",
+                f"{result.memory_ratio:.2f}",
+                f"{result.time_ratio:.2f}",
+                "[green]ok[/]" if result.passed else "[red]MISMATCH[/]",
+            )
+    console.print(table)
+    return passed
+
+
+@app.command()
+def distill(
+    steps: Annotated[int, typer.Option(help="Rollouts per variant.")] = 100,
+    seed: Seed = 0,
+    device: Device = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps, in seconds.")] = False,
+) -> None:
+    """Distill a small teacher into a smaller student, ungated and gated, and compare them."""
+    from .bench.distill.run import WEIGHTS, compare
+
+    if steps < 1:
+        fail(f"--steps must be at least 1; got {steps}")
+    if not WEIGHTS.exists():
+        fail(f"{WEIGHTS} is missing: python -m drift_gate.bench.distill.pretrain makes it")
+    compare(steps=steps, seed=seed, quick=quick, device=parse_device(device or "cpu"))

@@ -1,0 +1,122 @@
+"""`drift-gate check`, and how the command line refuses what it cannot do."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from drift_gate import backends, checks, cli, torch_passes
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+
+
+@pytest.fixture
+def few_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them, of a twentieth of the size: nothing is timed here."""
+
+    def small(device: torch.device, seed: int) -> Any:
+        yield checks._draw("plain", 2053, torch.bfloat16, device, seed)
+        yield checks._draw("in place", 2053, torch.float32, device, seed, inplace_backward=True)
+
+    monkeypatch.setattr(checks, "problems", small)
+
+
+@pytest.mark.slow
+def test_every_backend_agrees_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [20, 1, 75]  # fewer rows, and one round, than is worth timing
+    for name, value in (("LENGTHS", lengths), ("ROWS", sum(lengths)), ("ROUNDS", 1)):
+        monkeypatch.setattr(checks, name, value)
+    done = run("check")
+    assert done.exit_code == 0, done.output
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        for backend in checks.backends_on(torch.device(device)):
+            assert f'backend "{backend}"' in done.output
+    for problem in ("plain", "in place", "masked", "packed", "span gate"):
+        assert problem in done.output
+    assert "MISMATCH" not in done.output and "FAILED" not in done.output
+
+
+@pytest.mark.usefixtures("few_problems")
+def test_a_gradient_off_by_a_hundredth_is_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    expand = torch_passes.expand
+
+    def scaled(*arguments: Any) -> None:
+        expand(*arguments)
+        arguments[-1].mul_(1.01)
+
+    assert run("check", "--device", "cpu").exit_code == 0
+    monkeypatch.setattr(torch_passes, "expand", scaled)
+    done = run("check", "--device", "cpu")
+    assert done.exit_code == 1
+    assert done.output.count("MISMATCH") == 2
+
+
+@pytest.mark.usefixtures("few_problems")
+@pytest.mark.parametrize("poison", [float("nan"), 1e-4])
+def test_a_wrong_loss_is_a_mismatch(monkeypatch: pytest.MonkeyPatch, poison: float) -> None:
+    scan = torch_passes.scan
+
+    def wrong(*arguments: Any) -> Any:
+        gathered, log_probs, *rest = scan(*arguments)
+        log_probs += poison
+        return gathered, log_probs, *rest
+
+    monkeypatch.setattr(torch_passes, "scan", wrong)
+    done = run("check", "--device", "cpu")
+    assert done.exit_code == 1
+    assert done.output.count("MISMATCH") == 2
+
+
+@pytest.mark.usefixtures("few_problems")
+def test_a_backend_that_raises_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(torch_passes, "scan", broken)
+    done = run("check", "--device", "cpu")
+    assert done.exit_code == 1
+    assert "out of registers" in done.output and "FAILED" in done.output
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["check", "--device", "tpu"], "--device"),
+        (["check", "--device", "meta"], "--device"),
+        (["check", "--device", "cuda:99"], "--device cuda:99"),
+        (["check", "--backend", "numpy"], "--backend"),
+        (["check", "--device", "cpu", "--backend", "triton"], "--backend triton"),
+        (["distill", "--steps", "0"], "--steps"),
+        (["distill", "--device", "cuda:99"], "--device cuda:99"),
+    ],
+)
+def test_a_bad_option_is_refused_in_one_line(arguments: list[str], named: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert named in done.output
+    assert len(done.output.strip().splitlines()) == 1
+
+
+def test_triton_is_listed_for_a_gpu_where_it_is_installed() -> None:
+    on_gpu = checks.backends_on(torch.device("cuda"))
+    assert on_gpu == (["triton", "torch"] if backends.has_triton() else ["torch"])
+
+
+def test_without_typer_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(name: str, *arguments: Any, **keywords: Any) -> Any:
+        if name.split(".")[0] == "typer":
+            raise ModuleNotFoundError("No module named 'typer'", name="typer")
+        return found(name, *arguments, **keywords)
+
+    found = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.delitem(sys.modules, "drift_gate.cli")
+    with pytest.raises(SystemExit, match=r"typer: pip install drift-gate\[cli\]$"):
+        import drift_gate.cli  # noqa: F401
