@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .threads import share
+
 SAFE_MAXIMUM = 60.0  # exp(60) summed over 2^18 words is still 10^7 times below the largest float32
 SAFE_FACTOR = 1e32  # factors of 1 / this to this meet neither denormals nor infinity
 WORDS_PER_THREAD = 1 << 18  # 1 MiB of float32
@@ -43,15 +45,20 @@ def scan(
 
     Raises ValueError for an id outside [0, V) in a valid row on the CPU; elsewhere it gives NaN.
     """
-    size = _chunk_rows(logits)
-    scratch = logits.new_empty(
-        (1 + with_entropy, size, logits.shape[2]), dtype=_accumulator(logits)
-    )
-    chunks = [scratch.new_zeros((3, 0))]
-    for (x,), (mask,) in _sequences((logits,), (valid,)):
-        for rows in _chunks(mask, len(x), size):
-            chunks.append(_row_statistics(_take(x, rows), scale, scratch))
-    maximum, total, entropy = _spread(torch.cat(chunks, 1), valid)
+    size, workers = _task_rows(logits), _workers(logits)
+    shape = workers, 1 + with_entropy, size, logits.shape[2]
+    scratch = logits.new_empty(shape, dtype=_accumulator(logits))
+    tasks: list[tuple[int, Tensor, Rows]] = []
+    for (x,), (mask,) in _sequences((logits.detach(),), (valid,)):
+        tasks += [(len(tasks) + i, x, rows) for i, rows in enumerate(_chunks(mask, len(x), size))]
+    parts = [scratch.new_zeros((3, 0))] * (len(tasks) + 1)
+
+    def work(task: tuple[int, Tensor, Rows], worker: int) -> None:
+        i, x, rows = task
+        parts[i] = _row_statistics(_take(x, rows), scale, scratch[worker])
+
+    share(tasks, work, workers)
+    maximum, total, entropy = _spread(torch.cat(parts, 1), valid)
     log_sum = total.clamp_(min=1).log_()  # the sum includes exp(0); rows left out hold 0
     log_sum.masked_fill_(maximum == -torch.inf, -torch.inf)  # as logsumexp has it
     gathered = gather(logits, ids, valid, scale)
@@ -94,20 +101,22 @@ def expand(
     """
     active = alpha != 0 if valid is None else (alpha != 0) & valid
     shift, factor = _row_factors(maximum, log_sum, alpha, active, scale)
-    size = _chunk_rows(logits)
-    scratch = logits.new_empty((size, logits.shape[2]), dtype=_accumulator(logits))
+    size, workers = _task_rows(logits), _workers(logits)
+    scratch = logits.new_empty((workers, size, logits.shape[2]), dtype=_accumulator(logits))
+    tasks: list[tuple[Tensor, Tensor, Rows, Tensor | None, Tensor | None]] = []
     row_data = active, ~active, factor, shift
-    for (x, y), (on, off, f, m) in _sequences((logits, out), row_data):
-        for rows in _chunks(off, len(x), size):
+    for (x, y), (on, off, f, m) in _sequences((logits.detach(), out.detach()), row_data):
+        tasks += [(x, y, rows, None, None) for rows in _chunks(off, len(x), size)]
+        tasks += [(x, y, rows, f, m) for rows in _chunks(on, len(x), size)]
+
+    def work(task: tuple[Tensor, Tensor, Rows, Tensor | None, Tensor | None], worker: int) -> None:
+        x, y, rows, f, m = task
+        if f is None:
             _zero(y, rows)
-        for rows in _chunks(on, len(x), size):
-            z = _scaled(_take(x, rows), scale, scratch)
-            if m is not None:
-                z = torch.sub(z, _take(m, rows), out=scratch[: len(z)])
-            if isinstance(rows, slice) and y.dtype == z.dtype:
-                torch.exp(z, out=y[rows]).mul_(_take(f, rows))
-            else:
-                _store(y, rows, torch.exp(z, out=scratch[: len(z)]), _take(f, rows))
+        else:
+            _write_softmax(x, y, rows, f, m, scale, scratch[worker])
+
+    share(tasks, work, workers)
     _put_entries(out, ids, maximum, log_sum, gathered, valid, alpha, beta, scale)
 
 
@@ -119,12 +128,22 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _chunk_rows(logits: Tensor) -> int:
-    """How many rows pass through the scratch at once: equally many for each thread."""
+def _workers(logits: Tensor) -> int:
+    """Threads that share a pass; other devices share their work themselves."""
+    return torch.get_num_threads() if logits.is_cpu else 1
+
+
+def _task_rows(logits: Tensor) -> int:
+    """How many rows a thread passes through its scratch at once."""
     batch, length, vocab = logits.shape
-    threads = torch.get_num_threads() if logits.is_cpu else 1
-    words = min(WORDS_PER_THREAD, MOST_WORDS // threads) if logits.is_cpu else DEVICE_WORDS
-    return max(1, min(batch * length, threads * max(1, round(words / vocab))))
+    most = MOST_WORDS // _workers(logits)
+    words = min(WORDS_PER_THREAD, most) if logits.is_cpu else DEVICE_WORDS
+    return max(1, min(batch * length, round(words / vocab)))
+
+
+def _chunk_rows(logits: Tensor) -> int:
+    """How many rows all threads take at once."""
+    return _workers(logits) * _task_rows(logits)
 
 
 def _sequences(
@@ -182,6 +201,25 @@ def _spread(values: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
 
 
 # Arithmetic on a chunk, and on row data.
+
+
+def _write_softmax(
+    x: Tensor,  # [rows, V]
+    y: Tensor,  # [rows, V], may be x
+    rows: Rows,
+    factor: Tensor,  # [rows, 1]
+    shift: Tensor | None,  # [rows, 1]
+    scale: float,
+    scratch: Tensor,  # [>= chosen rows, V]
+) -> None:
+    """y[rows] = factor * exp(scale * x[rows] - shift)"""
+    z = _scaled(_take(x, rows), scale, scratch)
+    if shift is not None:
+        z = torch.sub(z, _take(shift, rows), out=scratch[: len(z)])
+    if isinstance(rows, slice) and y.dtype == z.dtype:
+        torch.exp(z, out=y[rows]).mul_(_take(factor, rows))
+    else:
+        _store(y, rows, torch.exp(z, out=scratch[: len(z)]), _take(factor, rows))
 
 
 def _scaled(x: Tensor, scale: float, scratch: Tensor) -> Tensor:
