@@ -177,7 +177,7 @@ def table(result: dict[str, Any]) -> Table:
         shown.add_row(
             name,
             f"{median:.3f} ({low:.3f}-{high:.3f})",
-            f"{figure['memory_ratio']:.3f}",
+            f"{figure['memory_ratio']:.4f}",
             f"{figure['loss_error']:.0e}",
             f"{figure['grad_error']:.1e}",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
@@ -41,6 +42,7 @@ def peak_bytes(device: torch.device) -> Iterator[Memory]:
         torch.cuda.synchronize(device)
         memory.peak = torch.cuda.memory_stats(device)["requested_bytes.all.peak"] - start
         return
+    gc.collect()  # what an earlier run left in cycles is not to be freed inside
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield memory
     live = 0
