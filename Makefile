@@ -57,7 +57,7 @@ clean:  ## remove .venv and everything built
 
 .PHONY: $(TRITONS:%=compile-check-%)
 $(TRITONS:%=compile-check-%): compile-check-%: .venv/triton-%/.installed
-	PYTHONPATH=$(CURDIR)/.venv/triton-$* $(PYTEST) tests/test_compile.py
+	PYTHONPATH=$(CURDIR)/.venv/triton-$* $(PYTEST) tests/test_compile.py tests/test_compile_divergence.py
 
 $(TRITONS:%=.venv/triton-%/.installed): .venv/triton-%/.installed: | .venv/.installed
 	$(PIP_INSTALL) --no-deps --upgrade --target $(@D) triton==$*

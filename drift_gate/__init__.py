@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .full import full_loss
 from .gate import DriftGate
 from .logits import gather_lse, token_log_probs
 from .losses import opd_loss
@@ -24,6 +25,7 @@ __all__ = [
     "DriftGate",
     "GateOutput",
     "LossOutput",
+    "full_loss",
     "gate_weights",
     "gather_lse",
     "newline_spans",
