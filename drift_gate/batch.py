@@ -28,6 +28,7 @@ Clips = tuple[float, float, float, float | None]
 """clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip."""
 Sizes = tuple[float | Tensor | None, int, float | Tensor | None, float | None]
 """batch_num_tokens, dp_size, global_batch_size, loss_scale_factor."""
+MISSING_LABEL = -100  # never a word: stands for ignore_index where there are no labels
 NO_CLIPS: Clips = (0.2, 0.2, 3.0, None)
 
 
@@ -102,6 +103,7 @@ def prepare(
     by_span = gate is not None and gate.granularity == "span"
     spans = flat_span_ids(span_ids, by_span, *where)
     ids = flat(labels)
+    ignore_index = ignore_index if known else MISSING_LABEL
     check = validate or logits.device.type == "cpu"
     valid = rows.valid_rows(ids, mask, layout.cu_seqlens, ignore_index, logits.shape[-1], check)
     batch = Batch(

@@ -85,7 +85,7 @@ def full_loss(
     batch = prepare(
         logits[..., :vocab], labels, old_log_probs, gate=gate, response_mask=response_mask,
         cu_seqlens=cu_seqlens, span_ids=span_ids, temperature=temperature,
-        ignore_index=-100 if labels is None else ignore_index, loss_agg_mode=loss_agg_mode,
+        ignore_index=ignore_index, loss_agg_mode=loss_agg_mode,
         batch_num_tokens=batch_num_tokens, dp_size=dp_size, global_batch_size=global_batch_size,
         loss_scale_factor=loss_scale_factor, validate=validate, backend=backend,
     )  # fmt: skip

@@ -14,6 +14,7 @@ Bytes that must move, with e and f bytes an element of student and teacher: N V 
 `divergence`, N V (2 e + f) in `divergence_grad`.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -68,22 +69,24 @@ def divergence(
     for (x, y), (mask,) in _sequences((student, teacher.detach()), (valid,)):
         chunks = _chunks(mask, len(x), size)
         tasks += [(len(tasks) + i, x, y, rows) for i, rows in enumerate(chunks)]
-    parts = [scratch.new_zeros((7, 0))] * (len(tasks) + 1)
+    parts = [scratch.new_zeros((7 if direction == "jsd" else 6, 0))] * (len(tasks) + 1)
 
     def work(task: tuple[int, Tensor, Tensor, Rows], worker: int) -> None:
         i, *tensors, rows = task
         x, y = (_take(t, rows) for t in tensors)
         block = scratch[worker, :, : len(x)]
-        options = scale, teacher_scale, block, with_entropy
         if direction == "jsd":
-            parts[i] = _jsd_statistics(x, y, beta, *options)
+            parts[i] = _jsd_statistics(x, y, beta, scale, teacher_scale, block, with_entropy)
+        elif direction == "reverse":
+            parts[i] = _kl_sums(x, y, scale, teacher_scale, block, 0 if with_entropy else None)
         else:
-            parts[i] = _kl_statistics(x, y, direction == "reverse", *options)
+            parts[i] = _kl_sums(y, x, teacher_scale, scale, block, 1 if with_entropy else None)
 
     share(tasks, work, len(scratch))
-    loss, centre, top, log_sum, teacher_top, teacher_log_sum, entropy = _spread(
-        torch.cat(parts, 1), valid
-    )
+    rows = torch.cat(parts, 1)
+    if direction != "jsd":
+        rows = _kl_statistics(rows, direction == "reverse")
+    loss, centre, top, log_sum, teacher_top, teacher_log_sum, entropy = _spread(rows, valid)
     log_probs = torch.zeros_like(loss)
     if labels is not None:
         log_probs = gather(student, labels[:, None], valid, scale)[:, 0].sub_(top).sub_(log_sum)
@@ -153,7 +156,7 @@ def _scratch(student: Tensor, direction: str) -> tuple[int, Tensor]:
     return size, student.new_empty(shape, dtype=_accumulator(student))
 
 
-# Statistics of a chunk: [7, rows] of loss, centre, top and log_sum of either, entropy.
+# Statistics of rows: [7, rows] of loss, centre, top and log_sum of either, entropy.
 
 
 def _centred(z: Tensor, top: Tensor, scratch: Tensor) -> Tensor:
@@ -161,77 +164,70 @@ def _centred(z: Tensor, top: Tensor, scratch: Tensor) -> Tensor:
     return torch.sub(z, top[:, None], out=scratch).clamp_(min=LOWEST)
 
 
-def _kl_statistics(
-    x: Tensor,  # [rows, V] of the student
-    y: Tensor,  # [rows, V] of the teacher
-    reverse: bool,
-    scale: float,
-    teacher_scale: float,
-    scratch: Tensor,  # [3, rows, V]
-    with_entropy: bool,
-) -> Tensor:
-    """KL(p || q), or where not `reverse` KL(q || p)."""
-    a, b = _scaled(x, scale, scratch[0]), _scaled(y, teacher_scale, scratch[1])
-    tops = [a.amax(-1), b.amax(-1)]
-    sums = None
-    if x.is_cpu and not with_entropy and max(map(_norm, tops)) <= SAFE_MAXIMUM:
-        sums = _unshifted_cross_moment(a, b, tops, reverse, scratch)
-    if sums is None:
-        a = _centred(_scaled(x, scale, scratch[0]), tops[0], scratch[0])
-        b = _centred(_scaled(y, teacher_scale, scratch[1]), tops[1], scratch[1])
-        sums = _cross_moment(a, b, reverse, scratch[2], with_entropy)
-    log_sum, teacher_log_sum, loss, entropy = (s.to(tops[0].dtype) for s in sums)
-    return torch.stack((loss, loss, tops[0], log_sum, tops[1], teacher_log_sum, entropy))
-
-
-def _unshifted_cross_moment(
-    a: Tensor, b: Tensor, tops: list[Tensor], reverse: bool, scratch: Tensor
-) -> list[Tensor] | None:
-    """`_cross_moment` of logits that are not centred; None where a word without mass is met."""
-    log_sums = []
-    for z, top in ((b, tops[1]), (a, tops[0])) if reverse else ((a, tops[0]), (b, tops[1])):
-        # Divided by the exponential's own value at the maximum, which cancels its rounding.
-        e = torch.exp(z, out=scratch[2])
-        total = e.sum(-1)
-        log_sums.append(wide(total / top.exp()).log())
-    offset = tops[0] - tops[1]
-    difference = torch.sub(a, b, out=scratch[1]).sub_(offset[:, None])
-    moment = wide(difference.mul_(e).sum(-1)) / wide(total)
-    if not bool(moment.isfinite().all()):
+def _unshifted_sums(u: Tensor, v: Tensor, tops: Tensor, scratch: Tensor) -> Tensor | None:
+    """`_shifted_sums` of logits that are not centred; None where a word has no mass."""
+    other_total = torch.exp(v, out=scratch[2]).sum(-1)
+    e = torch.exp(u, out=scratch[2])
+    total = e.sum(-1)
+    difference = torch.sub(u, v, out=scratch[1]).sub_((tops[0] - tops[1])[:, None])
+    moment = difference.mul_(e).sum(-1)
+    if not math.isfinite(float(moment.sum())):
         return None
-    if reverse:
-        log_sums.reverse()
-    loss = log_sums[1] - log_sums[0] + moment
-    return [*log_sums, loss if reverse else -loss, loss]
+    # Divided by the exponential's own value at the maximum, which cancels its rounding.
+    units = tops.exp()
+    return torch.stack((total, other_total, moment)).div_(units[[0, 1, 0]])
 
 
-def _cross_moment(
-    a: Tensor,  # [rows, V], centred logits of the student
-    b: Tensor,  # [rows, V], of the teacher; either is overwritten
-    reverse: bool,
-    e: Tensor,  # [rows, V] scratch
-    with_entropy: bool,
-) -> list[Tensor]:
-    """log_sum of both, the divergence and the entropy, [rows] each.
+def _shifted_sums(u: Tensor, v: Tensor, e: Tensor) -> Tensor:
+    """[3, rows]: sum exp(u), sum exp(v) and sum exp(u) (u - v), of centred u and v [rows, V].
 
-    sum_v w_v (u_v - v_v) over the words, with the weights w = softmax(u).
+    The last is infinite where v lacks a word of u. Overwrites v; e is scratch.
     """
-    u, v = (a, b) if reverse else (b, a)
-    total_v = wide(torch.exp(v, out=e).sum(-1))
-    entropy = total_v
-    if with_entropy and not reverse:
-        entropy = total_v.log() - wide(e.mul_(v).sum(-1)) / total_v
+    other_total = torch.exp(v, out=e).sum(-1)
     missing = v.amin(-1) == LOWEST
     if bool(missing.any()):
         missing &= ((v == LOWEST) & (u > LOWEST)).any(-1)
-    total_u = wide(torch.exp(u, out=e).sum(-1))
-    moment = wide(torch.sub(u, v, out=v).mul_(e).sum(-1))
-    loss = moment / total_u - total_u.log() + total_v.log()
-    loss.masked_fill_(missing & ~loss.isnan(), torch.inf)
-    if with_entropy and reverse:
-        entropy = total_u.log() - wide(e.mul_(u).sum(-1)) / total_u
-    sums = (total_u, total_v) if reverse else (total_v, total_u)
-    return [*(s.log() for s in sums), loss, entropy]
+    total = torch.exp(u, out=e).sum(-1)
+    moment = torch.sub(u, v, out=v).mul_(e).sum(-1)
+    moment.masked_fill_(missing & ~moment.isnan(), torch.inf)
+    return torch.stack((total, other_total, moment))
+
+
+def _kl_sums(
+    u: Tensor,  # [rows, V], of the model whose masses weigh the sum
+    v: Tensor,  # [rows, V], of the other
+    u_scale: float,
+    v_scale: float,
+    scratch: Tensor,  # [3, rows, V]
+    entropy_of: int | None,  # 0: of u, 1: of v
+) -> Tensor:
+    """[6, rows]: tops of u and v, `_shifted_sums`, and sum exp(z) z of the centred u or v."""
+    a, b = _scaled(u, u_scale, scratch[0]), _scaled(v, v_scale, scratch[1])
+    tops = torch.stack((a.amax(-1), b.amax(-1)))
+    sums = None
+    if u.is_cpu and entropy_of is None and _norm(tops) <= SAFE_MAXIMUM:
+        sums = _unshifted_sums(a, b, tops, scratch)
+    entropy = tops[:1]
+    if sums is None:
+        a = _centred(_scaled(u, u_scale, scratch[0]), tops[0], scratch[0])
+        b = _centred(_scaled(v, v_scale, scratch[1]), tops[1], scratch[1])
+        if entropy_of is not None:
+            z = (a, b)[entropy_of]
+            entropy = torch.exp(z, out=scratch[2]).mul_(z).sum(-1)[None]
+        sums = _shifted_sums(a, b, scratch[2])
+    return torch.cat((tops, sums, entropy))
+
+
+def _kl_statistics(sums: Tensor, reverse: bool) -> Tensor:
+    """KL(u || v) and the rest from `_kl_sums`."""
+    top, other_top, total, other_total, moment, entropy = sums.unbind()
+    log_sum, other_log_sum = wide(total).log(), wide(other_total).log()
+    loss = wide(moment) / wide(total) - log_sum + other_log_sum
+    own, other = (top, log_sum), (other_top, other_log_sum)
+    student, teacher = (own, other) if reverse else (other, own)
+    mean = wide(entropy) / wide(total if reverse else other_total)
+    rows = loss, loss, *student, *teacher, student[1] - mean
+    return torch.stack([x.to(sums.dtype) for x in rows])
 
 
 def _jsd_statistics(

@@ -141,11 +141,6 @@ def _task_rows(logits: Tensor) -> int:
     return max(1, min(batch * length, round(words / vocab)))
 
 
-def _chunk_rows(logits: Tensor) -> int:
-    """How many rows all threads take at once."""
-    return _workers(logits) * _task_rows(logits)
-
-
 def _sequences(
     tensors: tuple[Tensor, ...],  # [B, T, V]
     row_data: tuple[Tensor | None, ...],  # [N] or [N, 1]

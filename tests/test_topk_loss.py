@@ -241,3 +241,10 @@ def test_bad_input(changes, message):
     problem.teacher = problem.teacher[..., :3]
     with pytest.raises(ValueError, match="teacher_topk_log_probs must have the shape"):
         topk_loss(*problem.arguments())
+
+
+def test_without_labels_ignore_index_ignores_nothing():
+    problem = draw_topk(1, 20, 50, k=4)
+    problem.labels = problem.old_log_probs = None
+    assert torch.equal(run(problem, ignore_index=0).loss, run(problem).loss)
+    assert (run(problem, ignore_index=0).gate == 1).all()
