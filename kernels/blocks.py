@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 32
-COLS = 64
+COLS = 32
 NUM_WARPS = 8
 
 # Rows of the result.
