@@ -18,7 +18,6 @@ from .arguments import (
     flat_span_ids,
     layout_of,
 )
-from .backends import resolve
 from .gate import DriftGate
 from .outputs import LossOutput
 from .reduction import Reduction, reduction
@@ -32,10 +31,20 @@ MISSING_LABEL = -100  # never a word: stands for ignore_index where there are no
 NO_CLIPS: Clips = (0.2, 0.2, 3.0, None)
 
 
+class Student(NamedTuple):
+    """What the checks need to know of the student's rows: logits, or what makes them."""
+
+    name: str  # of the argument: "logits" or "hidden_states"
+    shape: torch.Size  # of the labels: [B, T] or [N]
+    vocab: int
+    dtype: torch.dtype  # of the row data: float32, or float64
+    device: torch.device
+
+
 class Batch(NamedTuple):
     """The checked arguments that all losses share, flattened to N rows."""
 
-    logits: Tensor  # [B, T, V] or [N, V]
+    student: Student
     ids: Tensor | None  # [N] labels; None where the loss and its gate do without
     valid: Tensor  # [N] bool
     old: Tensor | None  # [N] old log-probs in the accumulation dtype
@@ -48,12 +57,19 @@ class Batch(NamedTuple):
 
     def row_data(self, name: str, x: Tensor) -> Tensor:
         """Log-probs of the shape of labels, checked, as [N] in the accumulation dtype."""
-        dtype = torch.promote_types(self.logits.dtype, torch.float32)
-        return flat_row_data(name, x, self.layout, self.logits.device, "labels", dtype)
+        student = self.student
+        return flat_row_data(name, x, self.layout, student.device, "labels", student.dtype)
+
+
+def of_logits(logits: Tensor) -> Student:
+    """Logits [B, T, V] or [N, V], checked, as the student."""
+    check_logits(logits)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return Student("logits", logits.shape[:-1], logits.shape[-1], dtype, logits.device)
 
 
 def prepare(
-    logits: Tensor,
+    student: Student,
     labels: Tensor | None,
     old_log_probs: Tensor | None,
     *,
@@ -69,17 +85,18 @@ def prepare(
     global_batch_size: float | Tensor | None,
     loss_scale_factor: float | None,
     validate: bool,
-    backend: str,
+    backend: str,  # resolved
 ) -> Batch:
     """Check what `opd_loss` documents and flatten it; losses that need labels check for None."""
-    check_logits(logits)
     if labels is None and (gate is not None or old_log_probs is not None):
         raise ValueError("labels must be a tensor where a gate or old_log_probs are used; got None")
     known = labels is not None
     if labels is None:
-        labels = torch.zeros(logits.shape[:-1], dtype=torch.int32, device=logits.device)
+        labels = torch.zeros(student.shape, dtype=torch.int32, device=student.device)
     check_integer("labels", labels)
-    check_like("labels", labels, logits.shape[:-1], logits.device, "logits without V")
+    last = "V" if student.name == "logits" else "H"
+    of = f"{student.name} without {last}"
+    check_like("labels", labels, student.shape, student.device, of)
     check_number("temperature", temperature, above=0)
     if gate is not None:
         check_gate(gate)
@@ -88,7 +105,6 @@ def prepare(
                 "old_log_probs must be a tensor where a gate is used; got None (gate=None trains "
                 "ungated)"
             )
-    chosen = resolve(backend, logits)
     layout = layout_of("labels", labels, cu_seqlens)
     reduce = reduction(
         loss_agg_mode,
@@ -98,16 +114,16 @@ def prepare(
         loss_scale_factor=loss_scale_factor,
         layout=layout,
     )
-    where = layout, logits.device, "labels"
+    where = layout, student.device, "labels"
     mask = flat_mask(response_mask, *where)
     by_span = gate is not None and gate.granularity == "span"
     spans = flat_span_ids(span_ids, by_span, *where)
     ids = flat(labels)
     ignore_index = ignore_index if known else MISSING_LABEL
-    check = validate or logits.device.type == "cpu"
-    valid = rows.valid_rows(ids, mask, layout.cu_seqlens, ignore_index, logits.shape[-1], check)
+    check = validate or student.device.type == "cpu"
+    valid = rows.valid_rows(ids, mask, layout.cu_seqlens, ignore_index, student.vocab, check)
     batch = Batch(
-        logits,
+        student,
         ids if known else None,
         valid,
         None,
@@ -116,7 +132,7 @@ def prepare(
         gate,
         temperature,
         reduce,
-        chosen,
+        backend,
     )
     if old_log_probs is None:
         return batch

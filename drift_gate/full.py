@@ -5,11 +5,12 @@ from typing import get_args
 from torch import SymInt, Tensor
 
 from .arguments import as_batch, check_floating, check_logits, check_number, check_option
-from .batch import finish, prepare
+from .backends import resolve
+from .batch import finish, of_logits, prepare
 from .divergence import divergence
 from .gate import DriftGate
 from .outputs import LossOutput
-from .topk import Direction
+from .topk_lists import Direction, check_beta
 
 
 def full_loss(
@@ -75,26 +76,26 @@ def full_loss(
             `vocab_size`; it exceeds either.
     """
     check_option("direction", direction, get_args(Direction))
-    check_number("beta", beta, above=0)
-    if not beta < 1:
-        raise ValueError(f"beta must be less than 1; got {beta}")
+    check_beta(beta)
     if teacher_temperature is None:
         teacher_temperature = temperature
     check_number("teacher_temperature", teacher_temperature, above=0)
     vocab = _shared_words(logits, teacher_logits, vocab_size)
+    shared = logits[..., :vocab]
     batch = prepare(
-        logits[..., :vocab], labels, old_log_probs, gate=gate, response_mask=response_mask,
+        of_logits(shared), labels, old_log_probs, gate=gate, response_mask=response_mask,
         cu_seqlens=cu_seqlens, span_ids=span_ids, temperature=temperature,
         ignore_index=ignore_index, loss_agg_mode=loss_agg_mode,
         batch_num_tokens=batch_num_tokens, dp_size=dp_size, global_batch_size=global_batch_size,
-        loss_scale_factor=loss_scale_factor, validate=validate, backend=backend,
+        loss_scale_factor=loss_scale_factor, validate=validate,
+        backend=resolve(backend, logits),
     )  # fmt: skip
     teacher = teacher_logits[..., :vocab].detach()
     if batch.backend == "reference":
         from . import reference, reference_full
 
         losses, log_probs, entropy = reference_full.position_losses(
-            batch.logits.reshape(-1, vocab), teacher.reshape(-1, vocab), batch.ids, batch.valid,
+            shared.reshape(-1, vocab), teacher.reshape(-1, vocab), batch.ids, batch.valid,
             temperature, teacher_temperature, direction, beta,
         )  # fmt: skip
         sizes = batch_num_tokens, dp_size, global_batch_size, loss_scale_factor

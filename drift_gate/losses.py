@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from .arguments import check_integer, check_number, check_option
-from .batch import finish, prepare
+from .backends import resolve
+from .batch import Batch, finish, of_logits, prepare
 from .gate import DriftGate
 from .logits import label_log_probs
 from .outputs import LossOutput
@@ -91,20 +92,16 @@ def opd_loss(
             outside the vocabulary raises on the CPU and with `validate`; on a GPU it otherwise
             makes the loss NaN, and nothing outside its row is read or written.
     """
-    _check_options(estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip)
+    check_options(estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip)
     check_integer("labels", labels)
     batch = prepare(
-        logits, labels, old_log_probs, gate=gate, response_mask=response_mask,
+        of_logits(logits), labels, old_log_probs, gate=gate, response_mask=response_mask,
         cu_seqlens=cu_seqlens, span_ids=span_ids, temperature=temperature,
         ignore_index=ignore_index, loss_agg_mode=loss_agg_mode, batch_num_tokens=batch_num_tokens,
         dp_size=dp_size, global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
-        validate=validate, backend=backend,
+        validate=validate, backend=resolve(backend, logits),
     )  # fmt: skip
-    if old_log_probs is None and estimator in ("ppo", "importance"):
-        raise ValueError(
-            f"old_log_probs must be a tensor with estimator {estimator!r}; got None (k1, k2 and "
-            "k3 do without)"
-        )
+    check_old(batch, estimator)
     teacher = batch.row_data("teacher_log_probs", teacher_log_probs)
     clips = clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip
     if batch.backend == "reference":
@@ -112,7 +109,7 @@ def opd_loss(
 
         sizes = batch_num_tokens, dp_size, global_batch_size, loss_scale_factor
         return reference.opd_loss(
-            batch, teacher, estimator, clips, loss_agg_mode, sizes, return_entropy
+            batch, logits, teacher, estimator, clips, loss_agg_mode, sizes, return_entropy
         )
     assert batch.ids is not None
     log_probs, entropy = label_log_probs(
@@ -122,16 +119,26 @@ def opd_loss(
     return finish(batch, log_probs, entropy, teacher, estimator, clips)
 
 
-def _check_options(
+def check_options(
     estimator: str,
     clip_ratio_low: float,
     clip_ratio_high: float,
     clip_ratio_c: float,
     advantage_clip: float | None,
 ) -> None:
+    """Raise unless the options of the position loss fit."""
     check_option("estimator", estimator, ESTIMATORS)
     check_number("clip_ratio_low", clip_ratio_low, above=0, inclusive=True)
     check_number("clip_ratio_high", clip_ratio_high, above=0, inclusive=True)
     check_number("clip_ratio_c", clip_ratio_c, above=1)
     if advantage_clip is not None:
         check_number("advantage_clip", advantage_clip, above=0)
+
+
+def check_old(batch: Batch, estimator: str) -> None:
+    """Raise unless the old log-probs are there where the estimator needs them."""
+    if batch.old is None and estimator in ("ppo", "importance"):
+        raise ValueError(
+            f"old_log_probs must be a tensor with estimator {estimator!r}; got None (k1, k2 and "
+            "k3 do without)"
+        )

@@ -224,6 +224,7 @@ def aggregate_loss(
 
 def opd_loss(
     batch: Batch,
+    logits: Tensor,
     teacher_log_probs: Tensor,
     estimator: str,
     clips: Clips,
@@ -231,11 +232,11 @@ def opd_loss(
     sizes: Sizes,
     return_entropy: bool,
 ) -> LossOutput:
-    """`drift_gate.opd_loss` on checked arguments; row data [N]."""
+    """`drift_gate.opd_loss` on checked arguments; logits [..., V], row data [N]."""
     valid = batch.valid
     assert batch.ids is not None
-    logits = batch.logits.reshape(-1, batch.logits.shape[-1])
-    log_probs, entropy = token_log_probs(logits, batch.ids, valid, batch.temperature)
+    rows = logits.reshape(-1, logits.shape[-1])
+    log_probs, entropy = token_log_probs(rows, batch.ids, valid, batch.temperature)
     teacher = torch.where(valid, teacher_log_probs, 0)
     old = log_probs if batch.old is None else torch.where(valid, batch.old, 0)
     low, high, c, bound = clips

@@ -9,6 +9,7 @@ from torch import Tensor
 from .batch import Batch, Sizes
 from .outputs import LossOutput
 from .reference import finish, mean, scaled_logits
+from .topk_lists import Kind, Lists
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -50,41 +51,47 @@ def supported(
 
 def topk_loss(
     batch: Batch,
-    ids: Tensor,
-    teacher: Tensor,
-    present: Tensor,
-    direction: str,
-    support: str,
-    beta: float,
+    logits: Tensor,
+    lists: Lists,
+    kind: Kind,
     loss_agg_mode: str,
     sizes: Sizes,
     return_entropy: bool,
+    log_probs: Tensor | None = None,
 ) -> LossOutput:
-    """`drift_gate.topk_loss` on checked arguments; ids, teacher and present are [N, K]."""
+    """`drift_gate.topk_loss` on checked arguments; logits [..., V].
+
+    log_probs: the labels' log-probs [N] where the caller has them.
+    """
+    (words, teacher, present, without), (direction, support, beta) = lists, kind
     valid = batch.valid
-    logits = batch.logits.reshape(len(valid), -1)
-    z = scaled_logits(torch.where(valid[:, None], logits, 0), batch.temperature)
+    rows = logits.reshape(-1, logits.shape[-1])
+    z = scaled_logits(torch.where(valid[:, None], rows, 0), batch.temperature)
     here = present & valid[:, None]
-    picked = z.gather(1, torch.where(here, ids, 0).long())
+    picked = z.gather(1, torch.where(here, words, 0).long())
     log_p = z.log_softmax(-1)
     # Rows without any entry are not valid; one entry keeps their softmax defined.
     safe = here | ~valid[:, None]
     p, q = supported(picked, torch.where(here, teacher, 0), safe, z.logsumexp(-1), support)
     loss = torch.where(valid, divergence(p, q, direction, beta), 0)
 
-    labels = torch.zeros_like(valid, dtype=torch.int64) if batch.ids is None else batch.ids
-    labels = torch.where(valid, labels, 0).long()
-    log_probs = torch.where(valid, log_p.gather(1, labels[:, None])[:, 0].detach(), 0)
-    if batch.ids is None:
-        log_probs = torch.zeros_like(log_probs)
+    given = log_probs is not None
+    if log_probs is None:
+        labels = torch.zeros_like(valid, dtype=torch.int64) if batch.ids is None else batch.ids
+        labels = torch.where(valid, labels, 0).long()
+        log_probs = log_p.gather(1, labels[:, None])[:, 0].detach()
+        if batch.ids is None:
+            log_probs = torch.zeros_like(log_probs)
+    log_probs = torch.where(valid, log_probs, 0)
     entropy = None
     if return_entropy:
         terms = torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0)
         entropy = torch.where(valid, -terms.sum(-1), 0).detach()
     result = finish(batch, log_probs, entropy, loss, loss_agg_mode, sizes)
-    listed = log_p.gather(1, torch.where(here, ids, 0).long()).exp().masked_fill(~here, 0)
-    if batch.ids is not None or support != "renormalized" or return_entropy:
+    listed = log_p.gather(1, torch.where(here, words, 0).long()).exp().masked_fill(~here, 0)
+    if (batch.ids is not None and not given) or support != "renormalized" or return_entropy:
         result.metrics["student_mass"] = mean(listed.sum(-1).detach(), valid)
     result.metrics["teacher_mass"] = mean(teacher.exp().masked_fill(~here, 0).sum(-1), valid)
     result.metrics["overlap"] = mean(torch.minimum(p, q).sum(-1).detach(), valid)
+    result.metrics["without_support"] = without
     return result

@@ -1,26 +1,24 @@
 """`topk_loss`: distillation from the teacher's K likeliest words, from logits."""
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
 from . import vocabulary
-from .arguments import (
-    as_batch,
-    check_floating,
-    check_integer,
-    check_like,
-    check_number,
-    check_option,
-)
-from .batch import Batch, finish, prepare
+from .arguments import as_batch
+from .backends import resolve
+from .batch import Batch, of_logits, prepare
 from .gate import DriftGate
 from .outputs import LossOutput
-from .topk_rows import topk_rows, topk_support
-
-Direction = Literal["reverse", "forward", "jsd"]
-Support = Literal["renormalized", "truncated", "tail"]
+from .topk_lists import (
+    Direction,
+    Kind,
+    Lists,
+    Support,
+    check_divergence,
+    finish_lists,
+    take_lists,
+    with_label,
+)
 
 
 def topk_loss(
@@ -87,102 +85,52 @@ def topk_loss(
         ValueError, TypeError: as `opd_loss`; K exceeds V; K = 1 with the renormalised support,
             which is 0 whatever the student does.
     """
-    check_option("direction", direction, get_args(Direction))
-    check_option("support", support, get_args(Support))
-    check_number("beta", beta, above=0)
-    if not beta < 1:
-        raise ValueError(f"beta must be less than 1; got {beta}")
+    check_divergence(direction, support, beta)
     batch = prepare(
-        logits, labels, old_log_probs, gate=gate, response_mask=response_mask,
+        of_logits(logits), labels, old_log_probs, gate=gate, response_mask=response_mask,
         cu_seqlens=cu_seqlens, span_ids=span_ids, temperature=temperature,
         ignore_index=ignore_index, loss_agg_mode=loss_agg_mode, batch_num_tokens=batch_num_tokens,
         dp_size=dp_size, global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
-        validate=validate, backend=backend,
+        validate=validate, backend=resolve(backend, logits),
     )  # fmt: skip
-    ids, teacher = _flat_lists(batch, teacher_topk_ids, teacher_topk_log_probs, support)
-    check = validate or logits.device.type == "cpu"
-    present, supported = topk_support(ids, teacher, batch.valid, logits.shape[-1], check, validate)
-    without = (batch.valid & ~supported).sum()
-    batch = batch._replace(valid=supported)
+    kind = Kind(direction, support, float(beta))
+    batch, lists = take_lists(
+        batch, teacher_topk_ids, teacher_topk_log_probs, support, validate=validate
+    )
     if batch.backend == "reference":
-        from .reference_topk import topk_loss as run
+        from . import reference_topk
 
         sizes = batch_num_tokens, dp_size, global_batch_size, loss_scale_factor
-        result = run(
-            batch, ids, teacher, present, direction, support, float(beta), loss_agg_mode, sizes,
-            return_entropy,
-        )  # fmt: skip
-    else:
-        result = _fused(
-            batch, ids, teacher, present, direction, support, float(beta), return_entropy,
-            inplace_backward,
-        )  # fmt: skip
-    result.metrics["without_support"] = without
-    return result
-
-
-def _flat_lists(batch: Batch, ids: Tensor, teacher: Tensor, support: str) -> tuple[Tensor, Tensor]:
-    """The teacher's lists, checked, as [N, K]; log-probs in the accumulation dtype."""
-    check_integer("teacher_topk_ids", ids)
-    check_floating("teacher_topk_log_probs", teacher)
-    k, vocab = ids.shape[-1] if ids.dim() else 0, batch.logits.shape[-1]
-    device = batch.logits.device
-    check_like("teacher_topk_ids", ids, (*batch.layout.shape, k), device, "logits with K for V")
-    check_like("teacher_topk_log_probs", teacher, ids.shape, device, "teacher_topk_ids")
-    if not 1 <= k <= vocab:
-        raise ValueError(
-            f"teacher_topk_ids must list between 1 and V = {vocab} words a row; got K = {k}"
+        return reference_topk.topk_loss(
+            batch, logits, lists, kind, loss_agg_mode, sizes, return_entropy
         )
-    if k == 1 and support == "renormalized":
-        raise ValueError(
-            "teacher_topk_ids must list at least 2 words with support 'renormalized', whose loss "
-            "over one word is 0; got K = 1"
-        )
-    dtype = torch.promote_types(batch.logits.dtype, torch.float32)
-    teacher = teacher.detach().reshape(-1, k).to(dtype)
-    return ids.reshape(-1, k).contiguous(), teacher.contiguous()
+    return _fused(batch, logits, lists, kind, return_entropy, inplace_backward)
 
 
 def _fused(
     batch: Batch,
-    ids: Tensor,
-    teacher: Tensor,
-    present: Tensor,
-    direction: str,
-    support: str,
-    beta: float,
+    logits: Tensor,
+    lists: Lists,
+    kind: Kind,
     return_entropy: bool,
     inplace_backward: bool,
 ) -> LossOutput:
     """One scan (or a gather) of the listed words and the label, then row functions."""
-    logits, scale, backend = as_batch(batch.logits), 1 / batch.temperature, batch.backend
-    listed = torch.where(present, ids, 0)  # missing words are read at 0 and have no gradient
-    renormalized = support == "renormalized"
-    log_probs = entropy = None
+    logits, scale, backend = as_batch(logits), 1 / batch.temperature, batch.backend
+    renormalized = kind.support == "renormalized"
     if renormalized and batch.ids is None and not return_entropy:
-        scores = vocabulary.gather(logits, listed, batch.valid, scale, inplace_backward, backend)
-        now = torch.zeros_like(scores[:, 0])
-    else:
-        labels = listed[:, :1] if batch.ids is None else batch.ids[:, None]
-        gathered, all_log_probs, _, _, entropy = vocabulary.scan(
-            logits, torch.cat([labels, listed], 1), batch.valid, scale,
-            return_entropy, inplace_backward, backend,
-        )  # fmt: skip
-        log_probs = all_log_probs[:, 1:]
-        scores = gathered[:, 1:] if renormalized else log_probs
-        now = all_log_probs[:, 0].detach()
-        if batch.ids is None:
-            now = torch.zeros_like(now)
-    known = None if log_probs is None else log_probs.detach().contiguous()
-    stacked, _ = topk_rows(
-        scores.contiguous(), known, teacher, present, batch.valid, direction, support, beta, backend
-    )
-    shown = entropy.detach() if return_entropy and entropy is not None else None
-    result = finish(batch, now, shown, stacked[0], "given")
-    tokens = batch.valid.sum().clamp(min=1)
-    student_mass, teacher_mass, overlap = (stacked[1:].detach().sum(-1) / tokens).unbind()
-    if known is not None:
-        result.metrics["student_mass"] = student_mass
-    result.metrics["teacher_mass"] = teacher_mass
-    result.metrics["overlap"] = overlap
-    return result
+        scores = vocabulary.gather(
+            logits, lists.words, batch.valid, scale, inplace_backward, backend
+        )
+        return finish_lists(batch, lists, kind, scores, None, torch.zeros_like(scores[:, 0]), None)
+    gathered, log_probs, _, _, entropy = vocabulary.scan(
+        logits, with_label(batch, lists), batch.valid, scale, return_entropy, inplace_backward,
+        backend,
+    )  # fmt: skip
+    now = log_probs[:, 0].detach()
+    known = log_probs[:, 1:]
+    return finish_lists(
+        batch, lists, kind, gathered[:, 1:] if renormalized else known, known,
+        torch.zeros_like(now) if batch.ids is None else now,
+        entropy.detach() if return_entropy else None,
+    )  # fmt: skip
