@@ -5,6 +5,10 @@ from pathlib import Path
 
 from .full import full_loss
 from .gate import DriftGate
+from .linear import linear_gather_lse, linear_token_log_probs
+from .linear_full import linear_full_loss
+from .linear_opd import linear_opd_loss
+from .linear_topk import linear_topk_loss
 from .logits import gather_lse, token_log_probs
 from .losses import opd_loss
 from .outputs import GateOutput, LossOutput
@@ -28,6 +32,11 @@ __all__ = [
     "full_loss",
     "gate_weights",
     "gather_lse",
+    "linear_full_loss",
+    "linear_gather_lse",
+    "linear_opd_loss",
+    "linear_token_log_probs",
+    "linear_topk_loss",
     "newline_spans",
     "opd_loss",
     "token_log_probs",

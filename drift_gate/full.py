@@ -80,7 +80,10 @@ def full_loss(
     if teacher_temperature is None:
         teacher_temperature = temperature
     check_number("teacher_temperature", teacher_temperature, above=0)
-    vocab = _shared_words(logits, teacher_logits, vocab_size)
+    _check_teacher(logits, teacher_logits)
+    vocab = shared_words(
+        logits.shape[-1], teacher_logits.shape[-1], vocab_size, ("logits", "teacher_logits")
+    )
     shared = logits[..., :vocab]
     batch = prepare(
         of_logits(shared), labels, old_log_probs, gate=gate, response_mask=response_mask,
@@ -110,8 +113,8 @@ def full_loss(
     return finish(batch, log_probs.detach(), shown, losses, "given")
 
 
-def _shared_words(logits: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
-    """Check the teacher's logits beside the student's; the number of words to use."""
+def _check_teacher(logits: Tensor, teacher: Tensor) -> None:
+    """Check the teacher's logits beside the student's."""
     check_logits(logits)
     check_floating("teacher_logits", teacher)
     if teacher.dim() == 0 or teacher.shape[:-1] != logits.shape[:-1]:
@@ -123,16 +126,21 @@ def _shared_words(logits: Tensor, teacher: Tensor, vocab_size: int | None) -> in
         raise ValueError(
             f"teacher_logits must be on the device of logits, {logits.device}; got {teacher.device}"
         )
-    vocab, teacher_vocab = logits.shape[-1], teacher.shape[-1]
-    if teacher.stride(-1) != 1 and teacher_vocab > 1 and teacher.numel() > 0:
+    if teacher.stride(-1) != 1 and teacher.shape[-1] > 1 and teacher.numel() > 0:
         raise ValueError(
             "teacher_logits must be contiguous in their last dimension; got strides "
             f"{list(teacher.stride())}. teacher_logits.contiguous() copies them once"
         )
+
+
+def shared_words(
+    vocab: int, teacher_vocab: int, vocab_size: int | None, names: tuple[str, str]
+) -> int:
+    """The number of words to use of both, whose arguments have these names."""
     if vocab_size is None:
         if vocab != teacher_vocab:
             raise ValueError(
-                f"logits and teacher_logits must have the same words; got V = {vocab} and "
+                f"{names[0]} and {names[1]} must have the same words; got V = {vocab} and "
                 f"{teacher_vocab} (vocab_size says how many leading words they share)"
             )
         return vocab
@@ -140,7 +148,7 @@ def _shared_words(logits: Tensor, teacher: Tensor, vocab_size: int | None) -> in
         raise TypeError(f"vocab_size must be an int; got {type(vocab_size).__name__}")
     if not 1 <= vocab_size <= min(vocab, teacher_vocab):
         raise ValueError(
-            f"vocab_size must be between 1 and the words of logits ({vocab}) and of "
-            f"teacher_logits ({teacher_vocab}); got {vocab_size}"
+            f"vocab_size must be between 1 and the words of {names[0]} ({vocab}) and of "
+            f"{names[1]} ({teacher_vocab}); got {vocab_size}"
         )
     return vocab_size

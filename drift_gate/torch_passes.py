@@ -74,7 +74,7 @@ def gather(
     scale: float,
 ) -> Tensor:
     """z[ids] [N, K], as `scan` returns it."""
-    bad = _bad_ids(ids, valid, logits.shape[2])
+    bad = bad_ids(ids, valid, logits.shape[2])
     unread = bad if valid is None else bad | ~valid[:, None]
     index = ids.masked_fill(unread, 0).long().view(*logits.shape[:2], ids.shape[1])
     gathered = logits.gather(2, index).view(ids.shape).to(_accumulator(logits)).mul_(scale)
@@ -271,7 +271,7 @@ def _row_factors(
     return maximum[:, None], (-log_sum).exp_().mul_(alpha).mul_(scale)[:, None]
 
 
-def _bad_ids(ids: Tensor, valid: Tensor | None, vocab: int) -> Tensor:
+def bad_ids(ids: Tensor, valid: Tensor | None, vocab: int) -> Tensor:
     """[N, K] bool: ids of valid rows outside [0, V). Raises ValueError on the CPU if any are."""
     bad = (ids < 0) | (ids >= vocab)
     if valid is not None:

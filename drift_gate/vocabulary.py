@@ -189,17 +189,28 @@ def _backward(
     if not ctx.needs_input_grad[0]:
         return None, *nothing
     logits, ids, valid, gathered, maximum, log_sum = ctx.saved_tensors
+    alpha, beta = coefficients(gathered, grad_gathered, grad_log_probs, grad_log_sum)
+    row_data = ids, maximum, log_sum, gathered, valid, alpha, beta, ctx.scale, ctx.backend
+    return _write_gradient(logits, row_data, ctx.inplace), *nothing
+
+
+def coefficients(
+    gathered: Tensor,
+    grad_gathered: Tensor | None,
+    grad_log_probs: Tensor | None,
+    grad_log_sum: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """alpha [N] = dL/d logsumexp and beta [N, K] = dL/d z[ids] from the gradients of `scan`."""
     alpha, beta = grad_log_sum, grad_gathered
     if grad_log_probs is not None:
         beta = grad_log_probs if beta is None else beta + grad_log_probs
         through_sum = -grad_log_probs.sum(-1)
         alpha = through_sum if alpha is None else alpha + through_sum
     if alpha is None:
-        alpha = torch.zeros_like(log_sum)
+        alpha = torch.zeros_like(gathered[:, 0])
     if beta is None:
         beta = torch.zeros_like(gathered)
-    row_data = ids, maximum, log_sum, gathered, valid, alpha, beta, ctx.scale, ctx.backend
-    return _write_gradient(logits, row_data, ctx.inplace), *nothing
+    return alpha, beta
 
 
 def _write_gradient(logits: Tensor, row_data: tuple[Any, ...], inplace: bool) -> Tensor:

@@ -25,11 +25,12 @@ class Problem:
 
     def to(self, target: torch.device | torch.dtype) -> Problem:
         """On another device; or with logits and log-probs in another dtype."""
-        options = {name: _move(value, target) for name, value in self.options.items()}
-        return Problem(*(_move(x, target) for x in self.arguments()), options)
+        options = {name: move(value, target) for name, value in self.options.items()}
+        return Problem(*(move(x, target) for x in self.arguments()), options)
 
 
-def _move(x: Any, target: torch.device | torch.dtype) -> Any:
+def move(x: Any, target: torch.device | torch.dtype) -> Any:
+    """Tensors to a device, or those of floating point to a dtype; anything else as it is."""
     if not isinstance(x, Tensor):
         return x
     if isinstance(target, torch.dtype) and not x.is_floating_point():
@@ -89,8 +90,8 @@ class TopkProblem:
 
     def to(self, target: torch.device | torch.dtype) -> TopkProblem:
         """As `Problem.to`."""
-        options = {name: _move(value, target) for name, value in self.options.items()}
-        return TopkProblem(*(_move(x, target) for x in self.arguments()), options)
+        options = {name: move(value, target) for name, value in self.options.items()}
+        return TopkProblem(*(move(x, target) for x in self.arguments()), options)
 
 
 def draw_topk(*shape: int, k: int, teacher_share: float = 1.0, **options: Any) -> TopkProblem:

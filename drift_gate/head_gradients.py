@@ -1,0 +1,190 @@
+"""Gradients of a head and its hidden states, summed over chunks of rows.
+
+With the gradient G [C, V] of a chunk's logits (before the scale) and its hidden states h [C, H],
+
+    grad_hidden = G W  (each row once),   grad_weight += G^T h,   grad_bias += sum_rows G
+
+grad_weight is summed in float32 (float64): in the result where it has that dtype; for bfloat16 on
+a CPU in the result and one more byte an element; elsewhere in a float32 tensor.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .head import Head, slices
+from .threads import share
+
+Rows = slice | Tensor
+SLAB_WORDS = 1 << 18  # elements of grad_weight that a thread sums at a time: 1 MiB of float32
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+def weight_dtype(weight: Tensor) -> torch.dtype:
+    """Of the tensor that grad_weight is summed in."""
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+        return torch.bfloat16
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def sum_shapes(
+    hidden: Tensor, weight: Tensor, needs: Needs, chunk_size: int
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the sums: hidden, weight, the byte beside bfloat16, bias; [0] if unused.
+
+    A single chunk needs no byte: its sum is rounded once.
+    """
+    empty = (0,)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    narrow = weight_dtype(weight) == torch.bfloat16
+    rest = needs.weight and narrow and hidden.shape[0] > chunk_size
+    return [
+        (tuple(hidden.shape) if needs.hidden else empty, hidden.dtype),
+        (tuple(weight.shape) if needs.weight else empty, weight_dtype(weight)),
+        (tuple(weight.shape) if rest else empty, torch.uint8),
+        ((weight.shape[0],) if needs.bias else empty, wide),
+    ]
+
+
+class Sums:
+    """Running sums; `tensors` has the shapes of `sum_shapes`."""
+
+    def __init__(self, hidden: Tensor, head: Head, needs: Needs, chunk_size: int) -> None:
+        self.head, self.needs = head, needs
+        self.tensors = [
+            torch.zeros(shape, dtype=dtype, device=hidden.device)
+            for shape, dtype in sum_shapes(hidden, head.weight, needs, chunk_size)
+        ]
+
+    def add(self, rows: Rows, hidden: Tensor, gradient: Tensor) -> None:
+        """Add a chunk: its rows in the hidden states, hidden [C, H], gradient [C, V]."""
+        of_hidden, of_weight, rest, of_bias = self.tensors
+        if self.needs.hidden:
+            if isinstance(rows, slice):
+                torch.mm(gradient, self.head.weight, out=of_hidden[rows])
+            else:
+                of_hidden.index_copy_(0, rows, gradient @ self.head.weight)
+        if self.needs.weight:
+            if rest.numel():
+                _add_split(of_weight, rest, gradient, hidden)
+            elif of_weight.dtype == gradient.dtype:
+                of_weight.addmm_(gradient.t(), hidden)
+            else:
+                _add_wide(of_weight, gradient, hidden)
+        if self.needs.bias:
+            of_bias += gradient.sum(0, dtype=of_bias.dtype)
+
+    def multiply(self, factor: float) -> None:
+        """Multiply what was summed so far."""
+        of_hidden, of_weight, rest, of_bias = self.tensors
+        scale = of_bias.new_tensor(factor)
+        _multiply(of_hidden, scale)
+        _scale_weight(of_weight, rest, scale, last=False)
+        _multiply(of_bias, scale)
+
+
+def finish_sums(tensors: list[Tensor], factor: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Gradients of hidden, weight and bias from the sums, which lose their values.
+
+    factor: scalar tensor that multiplies them, in the dtype of the sum of the bias.
+    """
+    of_hidden, of_weight, rest, of_bias = tensors
+    _multiply(of_hidden, factor)
+    _multiply(of_bias, factor)
+    if of_weight.dtype == dtype:
+        _scale_weight(of_weight, rest, factor, last=True)
+    else:
+        of_weight = torch.mul(of_weight, factor, out=torch.empty_like(of_weight, dtype=dtype))
+    return [of_hidden, of_weight, of_bias.to(dtype)]
+
+
+def _add_wide(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total += gradient^T hidden, in float32 though the factors are shorter."""
+    if total.is_cuda:  # the product itself is summed in float32, and never stored
+        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
+        return
+    step = max(1, SLAB_WORDS // total.shape[1])
+    for words in _slabs(total, step):
+        total[words] += torch.mm(gradient[:, words].t(), hidden)
+
+
+def _multiply(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, where a device would round the factor to the dtype of x first."""
+    if x.dtype == factor.dtype or not x.numel():
+        x.mul_(factor)
+        return
+    for rows in slices(x):
+        x[rows].copy_(x[rows].to(factor.dtype).mul_(factor))
+
+
+def _slabs(x: Tensor, step: int) -> list[slice]:
+    return [slice(i, min(i + step, len(x))) for i in range(0, len(x), step)]
+
+
+class _Scratch:
+    """For each thread a slab of products, of float32, and of int32."""
+
+    def __init__(self, workers: int, words: int, width: int) -> None:
+        self.product = torch.empty(workers, words, width, dtype=torch.bfloat16)
+        self.value = torch.empty(workers, words, width)
+        self.bits = torch.empty(workers, words, width, dtype=torch.int32)
+
+
+def _add_split(high: Tensor, low: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """(high, low) += gradient^T hidden, 24 bits: see `_load`."""
+    workers, step = torch.get_num_threads(), max(1, SLAB_WORDS // high.shape[1])
+    scratch = _Scratch(workers, min(step, len(high)), high.shape[1])
+
+    def add(words: slice, worker: int) -> None:
+        n = words.stop - words.start
+        product = scratch.product[worker, :n]
+        torch.mm(gradient[:, words].t(), hidden, out=product)
+        value, bits = scratch.value[worker, :n], scratch.bits[worker, :n]
+        _load(high[words], low[words], value, bits)
+        value.add_(bits.view(torch.float32).copy_(product))
+        _store(high[words], low[words], value, bits)
+
+    share(_slabs(high, step), add, workers)
+
+
+def _scale_weight(high: Tensor, low: Tensor, factor: Tensor, last: bool) -> None:
+    """Multiply by a factor; the last time, `high` becomes the rounded result."""
+    if not low.numel():
+        _multiply(high, factor)
+        return
+    workers, step = torch.get_num_threads(), max(1, SLAB_WORDS // high.shape[1])
+    scratch = _Scratch(workers, min(step, len(high)), high.shape[1])
+
+    def scale(words: slice, worker: int) -> None:
+        n = words.stop - words.start
+        value, bits = scratch.value[worker, :n], scratch.bits[worker, :n]
+        _load(high[words], low[words], value, bits)
+        value.mul_(factor)
+        if last:
+            high[words].copy_(value)
+        else:
+            _store(high[words], low[words], value, bits)
+
+    share(_slabs(high, step), scale, workers)
+
+
+def _load(high: Tensor, low: Tensor, value: Tensor, bits: Tensor) -> None:
+    """value = the float32 whose upper 16 bits are `high` (a bfloat16) and next 8 bits `low`."""
+    value.copy_(high)
+    value.view(torch.int32).add_(bits.copy_(low), alpha=256)
+
+
+def _store(high: Tensor, low: Tensor, value: Tensor, bits: Tensor) -> None:
+    """Split the float32 value, rounded to its upper 24 bits; overwrites it."""
+    whole = value.view(torch.int32).add_(128)
+    low.copy_(torch.bitwise_right_shift(whole, 8, out=bits))  # keeps the lowest 8 bits
+    whole.bitwise_and_(-65536)
+    high.copy_(value)

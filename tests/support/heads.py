@@ -1,0 +1,153 @@
+"""Problems of the `linear_` forms, and their comparison with the reference and with each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import drift_gate as dg
+
+from .judge import PER_TOKEN
+from .numerics import assert_as_good_as
+from .problems import log_probs_of, move
+
+FORMS = ("opd", "topk", "full")
+
+
+@dataclasses.dataclass
+class HeadProblem:
+    """Arguments of a `linear_` loss; `rest` follows the head, row data or the teacher's."""
+
+    form: str
+    hidden: Tensor  # [..., H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    rest: list[Any]
+    options: dict[str, Any]
+
+    @property
+    def function(self) -> Callable[..., dg.LossOutput]:
+        return getattr(dg, f"linear_{self.form}_loss")
+
+    def to(self, target: torch.device | torch.dtype) -> HeadProblem:
+        """On another device; or hidden states, head and log-probs in another dtype."""
+        head = [move(x, target) for x in (self.hidden, self.weight, self.bias)]
+        rest = [move(x, target) for x in self.rest]
+        options = {name: move(value, target) for name, value in self.options.items()}
+        return HeadProblem(self.form, *head, rest, options)
+
+
+def draw_head(
+    form: str,
+    *shape: int,
+    vocab: int = 211,  # not a multiple of any tile
+    width: int = 24,
+    k: int = 6,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    softcap: float | None = 6.0,  # the logits lie within +-10: it bends them
+    masked: float = 0.0,
+    **options: Any,
+) -> HeadProblem:
+    """Hidden states [*shape, H] whose logits are like a model's; a teacher some way off."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    hidden = normal(*shape, width).to(dtype)
+    weight = (normal(vocab, width) / 2).to(dtype)
+    shift = normal(vocab).to(dtype) if bias else None
+    logits = hidden.float() @ weight.float().T
+    if shift is not None:
+        logits = logits + shift.float()
+    options = {"softcap": softcap, **options}
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    labels = logits.softmax(-1).reshape(-1, vocab).multinomial(1, generator=generator).view(shape)
+    old = log_probs_of(logits + 0.3 * normal(*shape, vocab), labels)
+    teacher = logits + normal(*shape, vocab)
+    if masked:
+        options["response_mask"] = torch.rand(*shape, generator=generator) >= masked
+    if form == "opd":
+        rest = [labels, old, log_probs_of(teacher, labels)]
+    elif form == "topk":
+        log_q, ids = teacher.log_softmax(-1).topk(k)
+        rest = [labels, old, ids, log_q]
+    else:
+        rest = [
+            labels,
+            old,
+            normal(*shape, width + 8).to(dtype),
+            normal(vocab, width + 8).to(dtype),
+        ]
+        options["teacher_softcap"] = softcap
+    return HeadProblem(form, hidden, weight, shift, rest, options)
+
+
+def run_head(
+    problem: HeadProblem, backend: str, upstream: Tensor | None = None, **options: Any
+) -> tuple[dg.LossOutput, list[Tensor]]:
+    """A loss and the gradients of hidden states, weight and bias."""
+    leaves = [
+        x.detach().clone().requires_grad_()
+        for x in (problem.hidden, problem.weight, problem.bias)
+        if x is not None
+    ]
+    merged = {"return_entropy": True, **problem.options, **options, "backend": backend}
+    bias = leaves[2] if len(leaves) == 3 else None
+    result = problem.function(*leaves[:2], *problem.rest, bias=bias, **merged)
+    return result, list(torch.autograd.grad(result.loss, leaves, upstream))
+
+
+def assert_same_budget(
+    problems: HeadProblem | list[HeadProblem],
+    backend: str,
+    *,
+    device: Any = "cpu",
+    metrics: bool = True,
+    **options: Any,
+) -> None:
+    """Loss, per-token outputs, metrics and all gradients are as good as eager PyTorch's.
+
+    Of several problems each result is judged together: where the hidden states are rounded
+    differently from the eager code's, whether one scalar is nearer the truth is chance.
+    """
+    several = problems if isinstance(problems, list) else [problems]
+    runs = [_three_runs(problem, backend, device, metrics, options) for problem in several]
+    for name in runs[0]:
+        got, eager, truth = zip(*(run[name] for run in runs), strict=True)
+        if not truth[0].is_floating_point():
+            assert all(map(torch.equal, got, truth)), name
+            continue
+        assert_as_good_as(torch.cat(got), torch.cat(eager), torch.cat(truth), name=name)
+
+
+def _three_runs(
+    problem: HeadProblem, backend: str, device: Any, metrics: bool, options: dict[str, Any]
+) -> dict[str, tuple[Tensor, ...]]:
+    """By name, each flattened: the result, eager PyTorch's, and the float64 truth."""
+    shape = problem.hidden.shape[:-1]
+    none = {**problem.options, **options}.get("loss_agg_mode") == "none"
+    weights = torch.linspace(-1, 1, shape.numel()).view(shape) if none else None
+
+    def run(p: HeadProblem, name: str, where: Any) -> dict[str, Tensor]:
+        dtype = torch.promote_types(p.hidden.dtype, torch.float32)
+        upstream = None if weights is None else weights.to(where, dtype)
+        result, grads = run_head(p.to(torch.device(where)), name, upstream, **options)
+        tensors = {key: getattr(result, key) for key in ("loss", *PER_TOKEN)}
+        tensors |= result.metrics if metrics else {}
+        names = ("hidden", "weight", "bias")
+        tensors |= {f"gradient of {k}": g for k, g in zip(names, grads, strict=False)}
+        return {k: x.detach().cpu().reshape(-1) for k, x in tensors.items() if x is not None}
+
+    got = run(problem, backend, device)
+    eager = run(problem, "reference", "cpu")
+    truth = run(problem.to(torch.float64), "reference", "cpu")
+    assert got.keys() == eager.keys() == truth.keys()
+    return {key: (got[key], eager[key], truth[key]) for key in truth}

@@ -1,0 +1,128 @@
+"""Sums over chunks: as exact as float32 where they are kept in less, and constant memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.heads import draw_head
+from support.memory import peak_bytes
+
+from drift_gate import linear_opd_loss, linear_topk_loss
+from drift_gate.chunks import chunks
+from drift_gate.head import Head
+from drift_gate.head_gradients import Needs, Sums, finish_sums, weight_dtype
+
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
+
+
+@DTYPES
+def test_many_chunks_cost_no_digits(dtype):
+    """200 chunks, the sums moved on the way; a float64 sum of the same rounded products."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(300, 40, generator=generator).to(dtype)
+    head = Head(weight, None, 0.0, 1.0)
+    hidden = torch.randn(200, 8, 40, generator=generator).to(dtype)
+    sums = Sums(hidden.view(-1, 40), head, Needs(False, True, True), 8)
+    truth = torch.zeros(300, 40, dtype=torch.float64)
+    total = torch.zeros(300, dtype=torch.float64)
+    for i, h in enumerate(hidden):
+        gradient = torch.randn(8, 300, generator=generator).to(dtype)
+        if i in (50, 120):
+            sums.multiply(0.3)
+            truth, total = 0.3 * truth, 0.3 * total
+        sums.add(slice(8 * i, 8 * i + 8), h, gradient)
+        truth += gradient.T.double() @ h.double()
+        total += gradient.double().sum(0)
+    factor = torch.tensor(0.7, dtype=torch.promote_types(dtype, torch.float32))
+    _, of_weight, of_bias = finish_sums(sums.tensors, factor, dtype)
+    for got, exact in ((of_weight, 0.7 * truth), (of_bias, 0.7 * total)):
+        assert got.dtype == dtype
+        error = (got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+        # Short dtypes: a product and the result are rounded once each. A running sum in bfloat16
+        # would have ten times that; in float32 and float64 each of the 200 additions rounds.
+        short = torch.finfo(dtype).bits == 16
+        assert error < (0.8 if short else 4) * torch.finfo(dtype).eps
+
+
+def test_bfloat16_is_summed_in_24_bits():
+    """2^16 + 200 times 100, less than half of bfloat16's step there, which would stay at 2^16."""
+    head = Head(torch.zeros(3, 2).bfloat16(), None, 0.0, 1.0)
+    hidden = torch.ones(400, 2).bfloat16()
+    sums = Sums(hidden, head, Needs(False, True, False), 2)
+    assert sums.tensors[1].dtype == weight_dtype(head.weight) == torch.bfloat16
+    sums.add(slice(0, 1), hidden[:1], torch.full((1, 3), 2.0**16).bfloat16())
+    for i in range(200):
+        sums.add(slice(i, i + 1), hidden[:1], torch.full((1, 3), 100.0).bfloat16())
+    _, grad, _ = finish_sums(sums.tensors, torch.tensor(2.0**-8), torch.bfloat16)
+    assert (grad == torch.tensor((2.0**16 + 20_000) / 2**8).bfloat16()).all()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38, 1e-40, -0.0])
+def test_extreme_sums_survive(value):
+    head = Head(torch.zeros(3, 2).bfloat16(), None, 0.0, 1.0)
+    hidden = torch.tensor([[1.0, 0.0]]).bfloat16()
+    sums = Sums(hidden.expand(4, 2), head, Needs(False, True, False), 1)
+    for gradient in (value, 0.0):
+        sums.add(slice(0, 1), hidden, torch.full((1, 3), gradient).bfloat16())
+    _, grad, _ = finish_sums(sums.tensors, torch.tensor(1.0), torch.bfloat16)
+    expected = torch.full((3,), value).bfloat16()
+    torch.testing.assert_close(grad[:, 0], expected, equal_nan=True, rtol=0, atol=1e-40)
+
+
+def test_chunks_hold_whole_blocks_of_valid_rows():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        valid = torch.rand(90, generator=generator) < 0.8
+        leaders = (torch.arange(90) // 7 * 7).where(valid, -1)
+        for size in (7, 12, 30, 200):
+            parts = chunks(valid, size, leaders)
+            index = [x for part in parts for x in torch.arange(90)[part].tolist()]
+            assert index == valid.nonzero()[:, 0].tolist()
+            seen = [set(leaders[part].tolist()) for part in parts]
+            assert all(len(part) for part in seen)
+            assert sum(map(len, seen)) == len(set.union(set(), *seen))
+            assert all(len(torch.arange(90)[part]) <= size for part in parts)
+    assert chunks(torch.ones(90, dtype=torch.bool), 6, torch.arange(90) // 7 * 7) is None
+    assert chunks(torch.zeros(9, dtype=torch.bool), 6, torch.full((9,), -1)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("form", ["opd", "lsm", "tail", "full"])
+def test_extra_memory_does_not_grow_with_the_rows(form, dtype):
+    """Beyond hidden states, gradients and [N, K] data: 256 rows in 4 chunks, 1024 in 16."""
+    extra = []
+    for rows in (256, 1024):
+        options = {"chunk_size": 64}
+        if form in ("lsm", "tail"):
+            options["support"] = "renormalized" if form == "lsm" else "tail"
+        kind = form if form in ("opd", "full") else "topk"
+        problem = draw_head(kind, rows, vocab=8000, softcap=None, dtype=dtype, **options)
+        leaves = [x.requires_grad_() for x in (problem.hidden, problem.weight)]
+        with peak_bytes() as memory:
+            result = problem.function(*leaves, *problem.rest, **problem.options)
+            grads = torch.autograd.grad(result.loss, leaves)
+        row_data = rows * (24 * 4 + 40 * 4 * 8)  # H and some tens of [N, K] float32
+        extra.append(memory.peak - sum(x.nbytes for x in grads) - row_data)
+    assert extra[1] <= extra[0] + 50_000
+    chunk = 64 * 8000 * dtype.itemsize
+    others = 2 * chunk if form == "full" else chunk  # the teacher's logits; or scratch
+    assert extra[0] <= chunk + others + 8000 * 24 * 4 + 3_000_000
+
+
+def test_nothing_of_the_size_of_the_words_where_log_probs_are_given():
+    problem = draw_head("topk", 200, vocab=50_000, width=8, softcap=None)
+    leaves = [x.requires_grad_() for x in (problem.hidden, problem.weight)]
+    with peak_bytes() as memory:
+        loss = linear_topk_loss(*leaves, *problem.rest, log_probs=problem.rest[1]).loss
+        grads = torch.autograd.grad(loss, leaves)
+    assert memory.peak - sum(x.nbytes for x in grads) < 200 * 50_000 * 4 / 20
+
+
+def test_the_logits_are_never_whole():
+    problem = draw_head("opd", 2048, vocab=5000, softcap=None)
+    leaves = [x.requires_grad_() for x in (problem.hidden, problem.weight)]
+    with peak_bytes() as memory:
+        torch.autograd.grad(linear_opd_loss(*leaves, *problem.rest, chunk_size=64).loss, leaves)
+    assert memory.peak < 2048 * 5000 * 4 / 5
