@@ -1,4 +1,4 @@
-"""Gated sampled-token OPD on the CPU beside the eager loss: `make bench`.
+"""The losses from logits on the CPU beside the eager ones: `make bench`.
 
 Forward and backward of the loss, from logits that are a leaf (no op before it is timed) to their
 gradient. Everything runs in one process; each round runs every variant once, in turn, and a ratio
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from drift_gate import DriftGate, opd_loss
+from drift_gate import DriftGate, full_loss, opd_loss, topk_loss
 
 from . import eager
 from .measure import available_bytes, environment, peak_bytes, quartiles, seconds, slug
@@ -29,11 +29,22 @@ from .measure import available_bytes, environment, peak_bytes, quartiles, second
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).with_name("results")
 GATE = DriftGate()
-GRID = [(4096, 151936, "bfloat16"), (1024, 151936, "bfloat16"), (1024, 151936, "float32")]
+TOPK = 64
+SAMPLED = "sampled-token"
+LSM, LSM_UNGATED = f"LSM, K = {TOPK}", f"LSM, K = {TOPK}, no gate, no labels"
+FULL = {f"full, {name}": name for name in ("reverse", "forward", "jsd")}  # ungated
+WORKS = [SAMPLED, LSM, LSM_UNGATED, *FULL]
+GRID = [
+    (SAMPLED, 4096, 151936, "bfloat16"),
+    (SAMPLED, 1024, 151936, "bfloat16"),
+    (SAMPLED, 1024, 151936, "float32"),
+    *((work, 1024, 151936, "bfloat16") for work in WORKS[1:]),
+]
 COMPILED = "torch.compile of it"
 CHUNK = 64  # rows drawn, or computed in float64, at once
 CHECKED = 32  # rows whose gradient is compared with float64
 EAGER_BYTES = 14  # of memory that the eager run takes beside a logit: three float32, one bfloat16
+EAGER_FULL_BYTES = 38  # eight float32 and the teacher's logits besides, one bfloat16
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits -> loss, gradient
 
@@ -44,17 +55,24 @@ class Work(NamedTuple):
     logits: Tensor  # [N, V]
     labels: Tensor  # [N]
     old: Tensor  # [N]
-    teacher: Tensor  # [N]
+    teacher: Tensor  # [N] log-probs; [N, K] of `ids`; or [N, V] logits
+    ids: Tensor | None  # [N, K]
     loss64: Tensor
     rows: Tensor  # [CHECKED]
     grad64: Tensor  # [CHECKED, V]
 
 
-def draw(n: int, vocab: int, dtype: torch.dtype) -> Work:
+def draw(kind: str, n: int, vocab: int, dtype: torch.dtype) -> Work:
     """One response of n tokens; the old policy 0.3 away, the teacher 1."""
     draw = torch.Generator().manual_seed(0)
     logits = torch.empty(n, vocab, dtype=dtype)
     labels, now = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.float64)
+    ids = torch.empty(n, TOPK, dtype=torch.int64) if kind in (LSM, LSM_UNGATED) else None
+    teacher = torch.empty(n)
+    if ids is not None:
+        teacher = torch.empty(n, TOPK)
+    if kind in FULL:
+        teacher = torch.empty(n, vocab, dtype=dtype)
     for first in range(0, n, CHUNK):
         rows = slice(first, first + CHUNK)
         z = 2 * torch.randn(len(logits[rows]), vocab, generator=draw)
@@ -63,53 +81,107 @@ def draw(n: int, vocab: int, dtype: torch.dtype) -> Work:
         log_p = logits[rows].double().log_softmax(-1)
         labels[rows] = log_p.exp().multinomial(1, generator=draw)[:, 0]
         now[rows] = log_p.gather(-1, labels[rows, None])[:, 0]
+        if teacher.dim() == 2:
+            z += torch.randn(z.shape, generator=draw)
+        if ids is not None:
+            teacher[rows], ids[rows] = z.log_softmax(-1).topk(TOPK)
+        elif teacher.dim() == 2:
+            teacher[rows] = z
     old = (now + 0.3 * torch.randn(n, generator=draw)).float()
-    teacher = (now + torch.randn(n, generator=draw)).float()
-
-    now.requires_grad_()
-    ones, blocks = torch.ones(n).double(), eager.block_numbers([n], GATE.block_size)
-    loss = eager.row_loss(now, old.double(), teacher.double(), ones, blocks).mean()
-    (slope,) = torch.autograd.grad(loss, now)
+    if teacher.dim() == 1:
+        teacher = (now + torch.randn(n, generator=draw)).float()
     rows = torch.randperm(n, generator=draw)[:CHECKED]
-    grad = logits[rows].double().softmax(-1).mul_(-slope[rows, None])
-    grad[torch.arange(len(rows)), labels[rows]] += slope[rows]
-    return Work(logits, labels, old, teacher, loss.detach(), rows, grad)
+    work = Work(logits, labels, old, teacher, ids, now, rows, now)
+    return work._replace(**_truth(kind, work, now))
 
 
-def variants(work: Work) -> dict[str, Run]:
+def _truth(kind: str, work: Work, now: Tensor) -> dict[str, Tensor]:
+    """The loss, and its gradient in the checked rows, in float64; `now` [N] are log-probs."""
+    n, rows = len(now), work.rows
+    ones, blocks = torch.ones(n).double(), eager.block_numbers([n], GATE.block_size)
+    old = work.old.double()
+    if kind == SAMPLED:
+        now.requires_grad_()
+        loss = eager.row_loss(now, old, work.teacher.double(), ones, blocks).mean()
+        (slope,) = torch.autograd.grad(loss, now)
+        grad = work.logits[rows].double().softmax(-1).mul_(-slope[rows, None])
+        grad[torch.arange(len(rows)), work.labels[rows]] += slope[rows]
+        return {"loss64": loss.detach(), "grad64": grad}
+    weights = eager.drift_weights(old - now, ones, blocks) if kind == LSM else ones
+
+    def loss_of(z: Tensor, part: slice | Tensor) -> Tensor:
+        target = work.teacher[part].double()
+        if work.ids is None:
+            return eager.full_losses(z, target, FULL[kind]).sum() / n
+        losses = eager.support_losses(z.gather(-1, work.ids[part]), target)
+        return (weights[part] * losses).sum() / n
+
+    loss = torch.zeros(()).double()
+    for first in range(0, n, CHUNK):
+        part = slice(first, first + CHUNK)
+        loss += loss_of(work.logits[part].double(), part)
+    z = work.logits[rows].double().requires_grad_()
+    (grad,) = torch.autograd.grad(loss_of(z, rows), z)
+    return {"loss64": loss, "grad64": grad}
+
+
+def variants(kind: str, work: Work) -> dict[str, Run]:
     """What is compared; the first is the baseline."""
     n = len(work.labels)
     ones, blocks = torch.ones(n), eager.block_numbers([n], GATE.block_size)
 
-    def of_loss(loss: Callable[[Tensor], Tensor]) -> Run:
+    def of_loss(loss: Callable[..., Tensor], *arguments: Any) -> Run:
         def run(logits: Tensor) -> tuple[Tensor, Tensor]:
-            value = loss(logits)
+            value = loss(logits, *arguments)
             return value.detach(), *torch.autograd.grad(value, logits)
 
         return run
 
-    def trainer(loss: Callable[..., Tensor]) -> Run:
-        row_data = work.labels, work.old, work.teacher, ones, blocks
-        return of_loss(lambda logits: loss(logits, *row_data))
-
-    def package(inplace: bool) -> Run:
-        row_data = work.labels, work.old, work.teacher
-        options = dict(gate=GATE, inplace_backward=inplace)
-        return of_loss(lambda logits: opd_loss(logits, *row_data, **options).loss)
-
-    return {
-        "eager": trainer(eager.loss),
-        COMPILED: trainer(torch.compile(eager.loss, dynamic=False)),
-        "drift_gate": package(False),
-        "drift_gate, in place": package(True),
+    labels, old, teacher, ids = work.labels, work.old, work.teacher, work.ids
+    trainers: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
+        SAMPLED: (eager.loss, (labels, old, teacher, ones, blocks)),
+        LSM: (eager.support_loss, (ids, teacher, labels, old, blocks)),
+        LSM_UNGATED: (eager.support_loss_ungated, (ids, teacher)),
+        **{name: (eager.full_loss, (teacher, direction)) for name, direction in FULL.items()},
     }
+    loss, row_data = trainers[kind]
+    runs = {
+        "eager": of_loss(loss, *row_data),
+        COMPILED: of_loss(torch.compile(loss, dynamic=False), *row_data),
+    }
+    if kind == LSM_UNGATED:
+        first = eager.support_loss_gather_first
+        runs["eager, gathers first"] = of_loss(first, *row_data)
+        runs["torch.compile of that"] = of_loss(torch.compile(first, dynamic=False), *row_data)
+    for name, inplace in (("drift_gate", False), ("drift_gate, in place", True)):
+        runs[name] = of_loss(lambda z, inplace=inplace: _package_loss(kind, work, z, inplace))
+    return runs
 
 
-def measure(n: int, vocab: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def _package_loss(kind: str, work: Work, logits: Tensor, inplace: bool) -> Tensor:
+    """The loss of this package, scalar."""
+    if kind == SAMPLED:
+        row_data = work.labels, work.old, work.teacher
+        return opd_loss(logits, *row_data, gate=GATE, inplace_backward=inplace).loss
+    if kind in FULL:
+        return full_loss(
+            logits, None, None, work.teacher, direction=FULL[kind], gate=None,
+            inplace_backward=inplace,
+        ).loss  # fmt: skip
+    gated = kind == LSM
+    row_data = (work.labels, work.old) if gated else (None, None)
+    return topk_loss(
+        logits, *row_data, work.ids, work.teacher, gate=GATE if gated else None,
+        inplace_backward=inplace,
+    ).loss  # fmt: skip
+
+
+def measure(kind: str, n: int, vocab: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """Time, memory and error of every variant on one size."""
-    work = draw(n, vocab, dtype)
+    torch.compiler.reset()
+    work = draw(kind, n, vocab, dtype)
     leaf = work.logits.clone().requires_grad_()
-    runs = variants(work)
+    runs = variants(kind, work)
     figures: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in runs}
 
     def restored() -> Tensor:
@@ -121,7 +193,7 @@ def measure(n: int, vocab: int, dtype: torch.dtype, rounds: int) -> dict[str, An
         try:
             run(restored())  # compiles
         except Exception as error:  # the compiler's own, where there is none for C++
-            if name != COMPILED:
+            if not name.startswith("torch.compile"):
                 raise
             del runs[name], figures[name]
             typer.echo(f"{name}: left out, {str(error).splitlines()[0]}", err=True)
@@ -144,17 +216,29 @@ def measure(n: int, vocab: int, dtype: torch.dtype, rounds: int) -> dict[str, An
         ratios = [a / b for a, b in zip(figure["seconds"], base["seconds"], strict=True)]
         figure["time_ratio_quartiles"] = quartiles(ratios)
         figure["memory_ratio"] = figure["extra_bytes"] / base["extra_bytes"]
-    size = {"rows": n, "vocab": vocab, "dtype": str(dtype).removeprefix("torch.")}
-    return {**size, "rounds": rounds, "must_move": bytes_to_move(work.logits), "variants": figures}
+    size = {"work": kind, "rows": n, "vocab": vocab, "dtype": str(dtype).removeprefix("torch.")}
+    moved = bytes_to_move(kind, work)
+    return {**size, "rounds": rounds, "must_move": moved, "variants": figures}
 
 
-def bytes_to_move(logits: Tensor) -> dict[str, int]:
+def bytes_to_move(kind: str, work: Work) -> dict[str, int]:
     """Bytes of each pass of this package, as the kernels declare them; {} without Triton."""
+    logits, entries = work.logits, 1 if work.ids is None else TOPK
+    if kind == LSM_UNGATED:  # only what is gathered is read
+        return {"expand": logits.nbytes}
     try:
+        from drift_gate.kernels.divergence import divergence_bytes
+        from drift_gate.kernels.divergence_grad import divergence_grad_bytes
         from drift_gate.kernels.expand import expand_bytes
         from drift_gate.kernels.scan import scan_bytes
     except ModuleNotFoundError:
         return {}
+    if kind in FULL:
+        x, y = logits[None], work.teacher[None]
+        moved = divergence_bytes(x, y, FULL[kind])
+        return {"divergence": moved, "divergence_grad": divergence_grad_bytes(x, y)}
+    if kind == LSM:  # as alpha is 0, the gradient is written alone
+        return {"scan": scan_bytes(logits, entries), "expand": logits.nbytes}
     return {"scan": scan_bytes(logits, 1), "expand": expand_bytes(logits, 1)}
 
 
@@ -163,7 +247,8 @@ def table(result: dict[str, Any]) -> Table:
     moved = ", ".join(f"{name} {n / 1e9:.3f} GB" for name, n in result["must_move"].items())
     base = result["variants"]["eager"]
     shown = Table(
-        title=f"{result['rows']} x {result['vocab']} {result['dtype']}, forward and backward",
+        title=f"{result['work']}: {result['rows']} x {result['vocab']} {result['dtype']}, "
+        "forward and backward",
         caption=f"ratios to eager ({quartiles(base['seconds'])[1]:.2f} s, extra "
         f"{base['extra_bytes'] / 1e9:.2f} GB): median (quartiles) of {result['rounds']} paired "
         f"rounds; must move: {moved or 'unknown without Triton'}; errors against float64, the "
@@ -191,24 +276,29 @@ def main(
         "bfloat16"
     ),
     rounds: Annotated[int, typer.Option(min=1, help="Paired rounds.")] = 5,
+    work: Annotated[str, typer.Option(help=f"With --rows, one of: {'; '.join(WORKS)}.")] = SAMPLED,
 ) -> None:
-    """Time and memory of gated sampled-token OPD on the CPU, as ratios to the eager loss."""
+    """Time and memory of the losses from logits on the CPU, as ratios to the eager ones."""
+    if work not in WORKS:
+        raise typer.BadParameter(f"work must be one of: {'; '.join(WORKS)}; got {work!r}")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise typer.BadParameter(f"must be bfloat16, float16 or float32; got {dtype!r}")
     console, results = Console(), []
     machine = environment(CPU) | {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset")}
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    for n, words, kind in GRID if rows is None else [(rows, vocab, dtype)]:
-        torch_dtype = getattr(torch, kind)
-        needed = n * words * (EAGER_BYTES + 2 * torch_dtype.itemsize)
+    for kind, n, words, name in GRID if rows is None else [(work, rows, vocab, dtype)]:
+        torch_dtype = getattr(torch, name)
+        beside = EAGER_FULL_BYTES if kind in FULL else EAGER_BYTES
+        needed = n * words * (beside + 2 * torch_dtype.itemsize)
+        shown = f"{kind}, {n} x {words} {name}"
         if needed > available_bytes():
-            console.print(f"{n} x {words} {kind}: left out, takes {needed / 1e9:.0f} GB of memory")
+            console.print(f"{shown}: left out, takes {needed / 1e9:.0f} GB of memory")
             continue
-        with console.status(f"{n} x {words} {kind}"):
-            results.append(measure(n, words, torch_dtype, rounds))
+        with console.status(shown):
+            results.append(measure(kind, n, words, torch_dtype, rounds))
         console.print(table(results[-1]))
     RESULTS.mkdir(exist_ok=True)
-    name = "cpu_core" if rows is None else f"cpu_{rows}x{vocab}_{dtype}"
+    name = "cpu_core" if rows is None else f"cpu_{slug(work)}_{rows}x{vocab}_{dtype}"
     path = RESULTS / f"{name}_{slug(machine['device'])}.json"
     path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
     console.print(f"written to {path}")

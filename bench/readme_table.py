@@ -13,7 +13,8 @@ BEGIN, END = "<!-- figures: make readme-table -->", "<!-- end of figures -->"
 
 def rows_of(result: dict[str, Any]) -> list[str]:
     """One line of the table for every variant of one size."""
-    work = f"{result['rows']:,} x {result['vocab']:,} {result['dtype']}"
+    work = f"{result['work']}: " if "work" in result else ""
+    work += f"{result['rows']:,} x {result['vocab']:,} {result['dtype']}"
     lines = []
     for name, figure in result["variants"].items():
         low, median, high = figure["time_ratio_quartiles"]
@@ -28,13 +29,13 @@ def section(report: dict[str, Any]) -> list[str]:
     """The table of one device, under what it must be read with."""
     machine = report["machine"]
     return [
-        f"Gated sampled-token loss, forward and backward, on {machine['device']}, "
+        f"Losses from logits, forward and backward, on {machine['device']}, "
         f"{machine['threads']} threads, torch {machine['torch']}, {machine['date']}, commit "
         f"{machine['commit']}. Ratios to the eager loss in the same run: median and quartiles of "
         "paired rounds; the gradient counts as extra memory; errors of the gradient against "
         "float64, relative to its largest entry.",
         "",
-        "| tokens x words | | time | extra memory | gradient error |",
+        "| work: tokens x words | | time | extra memory | gradient error |",
         "|---|---|---|---|---|",
         *(line for result in report["results"] for line in rows_of(result)),
         "",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import torch_divergence
+from . import gradients, torch_divergence
 
 Divergence = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -100,7 +100,7 @@ def divergence_grad(
     `upstream` [N] has the dtype of `statistics` [5, N], which come from `divergence`. Rows that
     are not valid, or whose upstream is 0, become 0 and are not read.
     """
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = gradients.empty(logits.shape, logits.dtype, logits.device)
     _grad_into(
         out, logits, teacher, statistics, valid, upstream, scale, teacher_scale, direction, beta,
         backend,
@@ -203,10 +203,8 @@ def _backward(
         return None, *nothing
     logits, teacher, statistics, valid = ctx.saved_tensors
     arguments = teacher, statistics, valid, grad_loss, *ctx.options, ctx.backend
-    if not ctx.inplace:
-        return divergence_grad(logits, *arguments), *nothing
-    divergence_grad_(logits, *arguments)
-    return logits.detach(), *nothing
+    ops = divergence_grad, divergence_grad_
+    return gradients.write(*ops, logits, arguments, ctx.inplace), *nothing
 
 
 divergence.register_autograd(_backward, setup_context=_setup_context)

@@ -60,7 +60,9 @@ def full_loss(
             outer strides free. Where the student's logit is -inf the word has no part in
             "reverse"; a word that only the teacher excludes makes "reverse" infinite, one that
             only the student excludes "forward". "jsd" is always finite. Where the loss is
-            infinite the gradient is not to be used.
+            infinite the gradient is not to be used. Logits below -1e30, as of words masked with
+            the lowest number of bfloat16 or float32, have no mass either: finite losses are those
+            of -inf, and where that is infinite the CPU may give a large number.
         direction, beta: as above; 0 < beta < 1 weighs the teacher in the mixture.
         teacher_temperature: divides the teacher's logits; None for `temperature`.
         vocab_size: how many leading words student and teacher share, where the rest is padding of

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import gradients
 from .head import Head, slices
 from .threads import share
 
@@ -60,7 +61,7 @@ class Sums:
     def __init__(self, hidden: Tensor, head: Head, needs: Needs, chunk_size: int) -> None:
         self.head, self.needs = head, needs
         self.tensors = [
-            torch.zeros(shape, dtype=dtype, device=hidden.device)
+            gradients.empty(shape, dtype, hidden.device).zero_()
             for shape, dtype in sum_shapes(hidden, head.weight, needs, chunk_size)
         ]
 

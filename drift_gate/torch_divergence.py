@@ -10,37 +10,38 @@ With a = log p of the student and b = log q of the teacher, row by row:
 
 A few rows at a time pass through scratch that stays in the cache; even "jsd" reads memory once. As
 in `torch_passes`, on the CPU exponentials are not shifted by the maximum where that is safe.
+There a chunk is also first taken to hold no infinity, and computed again with care where the result
+shows that it does.
 Bytes that must move, with e and f bytes an element of student and teacher: N V (e + f) in
 `divergence`, N V (2 e + f) in `divergence_grad`.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .threads import share
-from .torch_passes import (
+from .row_chunks import (
     SAFE_MAXIMUM,
-    Rows,
-    _accumulator,
-    _chunks,
-    _norm,
-    _row_factors,
-    _scaled,
-    _sequences,
-    _spread,
-    _store,
-    _take,
-    _task_rows,
-    _workers,
-    _zero,
-    gather,
+    Piece,
+    accumulator,
+    chunks,
+    cut,
+    new_scratch,
+    row_factors,
+    rows_at_once,
+    scaled,
+    sequences,
+    spread,
+    within,
 )
+from .threads import share
+from .torch_passes import gather
 from .torch_rows import wide
 
 LOWEST = -1e30  # stands for -inf: its exponential is 0, and 0 times it is 0 and not NaN
+NEAR = 4.0  # nats between the tops that cost no more digits than the logarithms do
 BLOCKS = {"reverse": 3, "forward": 3, "jsd": 5}  # of scratch for a thread
 
 
@@ -64,34 +65,48 @@ def divergence(
     Raises ValueError for a label outside [0, U) in a valid row on the CPU; elsewhere it gives NaN.
     """
     student = logits.detach()[..., : teacher.shape[2]]
-    size, scratch = _scratch(student, direction)
-    tasks: list[tuple[int, Tensor, Tensor, Rows]] = []
-    for (x, y), (mask,) in _sequences((student, teacher.detach()), (valid,)):
-        chunks = _chunks(mask, len(x), size)
-        tasks += [(len(tasks) + i, x, y, rows) for i, rows in enumerate(chunks)]
-    parts = [scratch.new_zeros((7 if direction == "jsd" else 6, 0))] * (len(tasks) + 1)
+    size = _rows_at_once(student)
+    scratch = new_scratch(student, BLOCKS[direction], size)
+    statistics = student.new_zeros((7, int(valid.sum())), dtype=accumulator(student))
+    tasks: list[tuple[Piece, Piece, Tensor]] = []
+    first = 0
+    for (x, y), (mask,) in sequences((student, teacher.detach()), (valid,)):
+        for n, (own, other) in chunks(mask, size, x, y):
+            tasks.append((own, other, statistics[:, first : first + n]))
+            first += n
 
-    def work(task: tuple[int, Tensor, Tensor, Rows], worker: int) -> None:
-        i, *tensors, rows = task
-        x, y = (_take(t, rows) for t in tensors)
-        block = scratch[worker, :, : len(x)]
+    def work(task: tuple[Piece, Piece, Tensor], worker: int) -> None:
+        x, y, out = task[0].read(), task[1].read(), task[2]
+        blocks = cut(scratch[worker], len(x))
         if direction == "jsd":
-            parts[i] = _jsd_statistics(x, y, beta, scale, teacher_scale, block, with_entropy)
+            arguments = x, y, beta, scale, teacher_scale, out, blocks, with_entropy
+            if not (x.is_cpu and not with_entropy and _jsd_sums(*arguments, careful=False)):
+                _jsd_sums(*arguments, careful=True)
         elif direction == "reverse":
-            parts[i] = _kl_sums(x, y, scale, teacher_scale, block, 0 if with_entropy else None)
+            _kl_sums(x, y, scale, teacher_scale, out, blocks, 0 if with_entropy else None)
         else:
-            parts[i] = _kl_sums(y, x, teacher_scale, scale, block, 1 if with_entropy else None)
+            _kl_sums(y, x, teacher_scale, scale, out, blocks, 1 if with_entropy else None)
 
     share(tasks, work, len(scratch))
-    rows = torch.cat(parts, 1)
-    if direction != "jsd":
-        rows = _kl_statistics(rows, direction == "reverse")
-    loss, centre, top, log_sum, teacher_top, teacher_log_sum, entropy = _spread(rows, valid)
+    if direction == "jsd":
+        rows = _jsd_statistics(statistics, beta)
+    else:
+        rows = _kl_statistics(statistics, direction == "reverse")
+    loss, centre, top, log_sum, teacher_top, teacher_log_sum, entropy = spread(rows, valid)
     log_probs = torch.zeros_like(loss)
     if labels is not None:
         log_probs = gather(student, labels[:, None], valid, scale)[:, 0].sub_(top).sub_(log_sum)
-    statistics = torch.stack((top, log_sum, teacher_top, teacher_log_sum, centre))
-    return loss, log_probs, statistics, entropy if with_entropy else entropy.new_empty(0)
+    saved = torch.stack((top, log_sum, teacher_top, teacher_log_sum, centre))
+    return loss, log_probs, saved, entropy if with_entropy else entropy.new_empty(0)
+
+
+class _Slopes(NamedTuple):
+    """A chunk of the gradient; without logits 0."""
+
+    out: Piece  # [rows, V]
+    logits: Piece | None = None  # may be out
+    teacher: Piece | None = None
+    coefficients: tuple[Piece | None, ...] = ()  # [rows, 1] each, of the direction's function
 
 
 @torch.no_grad()
@@ -115,82 +130,49 @@ def divergence_grad(
     tensors = logits.detach()[..., :vocab], teacher.detach(), out.detach()[..., :vocab]
     out.detach()[..., vocab:].zero_()
     active = valid & (upstream != 0)
-    size, scratch = _scratch(tensors[0], direction)
-    coefficients = _coefficients(statistics, upstream * scale, active, direction, beta)
-    tasks: list[tuple[Any, ...]] = []
-    for (x, t, y), (on, off, *each) in _sequences(tensors, (active, ~active, *coefficients)):
-        tasks += [(y, rows, None) for rows in _chunks(off, len(x), size)]
-        tasks += [(y, rows, x, t, each) for rows in _chunks(on, len(x), size)]
+    size = _rows_at_once(tensors[0])
+    scratch = new_scratch(tensors[0], 3, size)
+    row_data = _coefficients(statistics, upstream * scale, active, direction, beta)
+    tasks: list[_Slopes] = []
+    for (x, t, y), (on, off, *each) in sequences(tensors, (active, ~active, *row_data)):
+        tasks += [_Slopes(*pieces) for _, pieces in chunks(off, size, y)]
+        for _, (out_piece, own, other, *rest) in chunks(on, size, y, x, t, *each):
+            tasks.append(_Slopes(out_piece, own, other, tuple(rest)))
 
-    def work(task: tuple[Any, ...], worker: int) -> None:
-        y, rows, *sources = task
-        if sources[0] is None:
-            _zero(y, rows)
+    def work(task: _Slopes, worker: int) -> None:
+        if task.logits is None or task.teacher is None:
+            task.out.zero()
             return
-        block = scratch[worker, :, : len(_take(active, rows))]
-        a = _scaled(_take(sources[0], rows), scale, block[0])
-        b = _scaled(_take(sources[1], rows), teacher_scale, block[1])
-        row_data: list[Any] = [None if s is None else _take(s, rows) for s in sources[2]]
-        values: Tensor
-        factor: Tensor | None
-        if direction == "reverse":
-            values, factor = _reverse_slopes(a, b, block, *row_data)
-        elif direction == "forward":
-            values, factor = _forward_slopes(a, b, block, *row_data)
-        else:
-            values, factor = _jsd_slopes(a, b, block, beta, *row_data)
-        if factor is not None:
-            _store(y, rows, values, factor)
-        elif isinstance(rows, slice):
-            y[rows].copy_(values)
-        else:
-            y.index_copy_(0, rows, values.to(y.dtype))
+        x, y = task.logits.read(), task.teacher.read()
+        blocks = cut(scratch[worker], len(x))
+        columns: list[Any] = [None if c is None else c.read() for c in task.coefficients]
+
+        def slopes(careful: bool) -> Tensor:
+            a, b = scaled(x, scale, blocks[0]), scaled(y, teacher_scale, blocks[1])
+            if direction == "reverse":
+                return _reverse_slopes(a, b, blocks, careful, *columns)
+            if direction == "forward":
+                return _forward_slopes(a, b, blocks, *columns)
+            return _jsd_slopes(a, b, blocks, careful, beta, *columns)
+
+        values = slopes(careful=not x.is_cpu)
+        if x.is_cpu and direction != "forward" and not _finite(values.sum(-1)):
+            values = slopes(careful=True)
+        task.out.write(values)
 
     share(tasks, work, len(scratch))
 
 
-def _scratch(student: Tensor, direction: str) -> tuple[int, Tensor]:
-    """How many rows a thread takes at once, and [threads, BLOCKS, rows, V] scratch."""
-    size = max(1, _task_rows(student) // 2)  # several blocks share the cache
-    shape = _workers(student), BLOCKS[direction], size, student.shape[2]
-    return size, student.new_empty(shape, dtype=_accumulator(student))
+def _rows_at_once(student: Tensor) -> int:
+    return max(1, rows_at_once(student) // 2)  # several blocks share the cache
 
 
-# Statistics of rows: [7, rows] of loss, centre, top and log_sum of either, entropy.
+def _finite(*values: Tensor) -> bool:
+    return all(math.isfinite(x) for value in values for x in value.tolist())
 
 
-def _centred(z: Tensor, top: Tensor, scratch: Tensor) -> Tensor:
-    """z less its maximum, and at least LOWEST, in the scratch."""
-    return torch.sub(z, top[:, None], out=scratch).clamp_(min=LOWEST)
-
-
-def _unshifted_sums(u: Tensor, v: Tensor, tops: Tensor, scratch: Tensor) -> Tensor | None:
-    """`_shifted_sums` of logits that are not centred; None where a word has no mass."""
-    other_total = torch.exp(v, out=scratch[2]).sum(-1)
-    e = torch.exp(u, out=scratch[2])
-    total = e.sum(-1)
-    difference = torch.sub(u, v, out=scratch[1]).sub_((tops[0] - tops[1])[:, None])
-    moment = difference.mul_(e).sum(-1)
-    if not math.isfinite(float(moment.sum())):
-        return None
-    # Divided by the exponential's own value at the maximum, which cancels its rounding.
-    units = tops.exp()
-    return torch.stack((total, other_total, moment)).div_(units[[0, 1, 0]])
-
-
-def _shifted_sums(u: Tensor, v: Tensor, e: Tensor) -> Tensor:
-    """[3, rows]: sum exp(u), sum exp(v) and sum exp(u) (u - v), of centred u and v [rows, V].
-
-    The last is infinite where v lacks a word of u. Overwrites v; e is scratch.
-    """
-    other_total = torch.exp(v, out=e).sum(-1)
-    missing = v.amin(-1) == LOWEST
-    if bool(missing.any()):
-        missing &= ((v == LOWEST) & (u > LOWEST)).any(-1)
-    total = torch.exp(u, out=e).sum(-1)
-    moment = torch.sub(u, v, out=v).mul_(e).sum(-1)
-    moment.masked_fill_(missing & ~moment.isnan(), torch.inf)
-    return torch.stack((total, other_total, moment))
+# Sums over rows, [7, rows] for a chunk, and the statistics that they give: loss, centre, top and
+# log_sum of the student and of the teacher, entropy.
 
 
 def _kl_sums(
@@ -198,74 +180,125 @@ def _kl_sums(
     v: Tensor,  # [rows, V], of the other
     u_scale: float,
     v_scale: float,
-    scratch: Tensor,  # [3, rows, V]
+    out: Tensor,  # [7, rows]: tops, sums and moment below, sum exp(z) z of the centred u or v, and
+    #                          1 where exponentials are shifted by the top
+    scratch: list[Tensor],  # three blocks [rows, V]
     entropy_of: int | None,  # 0: of u, 1: of v
-) -> Tensor:
-    """[6, rows]: tops of u and v, `_shifted_sums`, and sum exp(z) z of the centred u or v."""
-    a, b = _scaled(u, u_scale, scratch[0]), _scaled(v, v_scale, scratch[1])
-    tops = torch.stack((a.amax(-1), b.amax(-1)))
-    sums = None
-    if u.is_cpu and entropy_of is None and _norm(tops) <= SAFE_MAXIMUM:
-        sums = _unshifted_sums(a, b, tops, scratch)
-    entropy = tops[:1]
-    if sums is None:
-        a = _centred(_scaled(u, u_scale, scratch[0]), tops[0], scratch[0])
-        b = _centred(_scaled(v, v_scale, scratch[1]), tops[1], scratch[1])
-        if entropy_of is not None:
-            z = (a, b)[entropy_of]
-            entropy = torch.exp(z, out=scratch[2]).mul_(z).sum(-1)[None]
-        sums = _shifted_sums(a, b, scratch[2])
-    return torch.cat((tops, sums, entropy))
+) -> None:
+    """sum exp(u), sum exp(v), and the moment sum exp(u) ((u - top) - (v - top))."""
+    top, other_top, total, other_total, moment, entropy, shifted = out.unbind()
+    a, b = scaled(u, u_scale, scratch[0]), scaled(v, v_scale, scratch[1])
+    torch.amax(a, -1, out=top)
+    torch.amax(b, -1, out=other_top)
+    if u.is_cpu and entropy_of is None and within(SAFE_MAXIMUM, top, other_top):
+        torch.sum(torch.exp(b, out=scratch[2]), -1, out=other_total)
+        difference = torch.sub(a, b, out=scratch[1])
+        offset = top - other_top
+        near = within(NEAR, offset)
+        if not near:
+            difference.sub_(offset[:, None])
+        e = torch.exp(a, out=scratch[0])
+        torch.sum(e, -1, out=total)
+        torch.sum(difference.mul_(e), -1, out=moment)
+        if near:
+            moment.addcmul_(offset, total, value=-1)
+        if _finite(moment):
+            return
+        a, b = scaled(u, u_scale, scratch[0]), scaled(v, v_scale, scratch[1])
+    shifted.fill_(1)
+    a, b = _centred(a, top, scratch[0]), _centred(b, other_top, scratch[1])
+    if entropy_of is not None:
+        z = (a, b)[entropy_of]
+        torch.sum(torch.exp(z, out=scratch[2]).mul_(z), -1, out=entropy)
+    torch.sum(torch.exp(b, out=scratch[2]), -1, out=other_total)
+    missing = b.amin(-1) == LOWEST
+    if bool(missing.any()):
+        missing &= ((b == LOWEST) & (a > LOWEST)).any(-1)
+    e = torch.exp(a, out=scratch[2])
+    torch.sum(e, -1, out=total)
+    torch.sum(torch.sub(a, b, out=scratch[1]).mul_(e), -1, out=moment)
+    moment.masked_fill_(missing & ~moment.isnan(), torch.inf)
 
 
 def _kl_statistics(sums: Tensor, reverse: bool) -> Tensor:
     """KL(u || v) and the rest from `_kl_sums`."""
-    top, other_top, total, other_total, moment, entropy = sums.unbind()
-    log_sum, other_log_sum = wide(total).log(), wide(other_total).log()
-    loss = wide(moment) / wide(total) - log_sum + other_log_sum
+    top, other_top, total, other_total, moment, entropy, shifted = sums.unbind()
+    # Divided by the exponential's own value at the maximum, which cancels its rounding.
+    unit, other_unit = (wide(x.exp().masked_fill_(shifted == 1, 1)) for x in (top, other_top))
+    total, other_total, moment = total / unit, other_total / other_unit, moment / unit
+    log_sum, other_log_sum = total.log(), other_total.log()
+    loss = moment / total - log_sum + other_log_sum
     own, other = (top, log_sum), (other_top, other_log_sum)
     student, teacher = (own, other) if reverse else (other, own)
-    mean = wide(entropy) / wide(total if reverse else other_total)
+    mean = wide(entropy) / (total if reverse else other_total)
     rows = loss, loss, *student, *teacher, student[1] - mean
     return torch.stack([x.to(sums.dtype) for x in rows])
 
 
-def _jsd_statistics(
+def _jsd_sums(
     x: Tensor,  # [rows, V] of the student
     y: Tensor,  # [rows, V] of the teacher
     beta: float,
     scale: float,
     teacher_scale: float,
-    scratch: Tensor,  # [5, rows, V]
+    out: Tensor,  # [7, rows]: tops, sums, the two moments below, sum exp(a) a
+    scratch: list[Tensor],  # five blocks [rows, V]
     with_entropy: bool,
+    careful: bool,
+) -> bool:
+    """sum exp(a), sum exp(b), and the moments sum exp(a) (a - n), sum exp(b) (b - n).
+
+    For centred logits a and b; n = log m + log sum exp(a). False if a moment is not finite.
+    """
+    top, other_top, total, other_total, moment, other_moment, entropy = out.unbind()
+    a, b = scaled(x, scale, scratch[0]), scaled(y, teacher_scale, scratch[1])
+    torch.amax(a, -1, out=top)
+    torch.amax(b, -1, out=other_top)
+    a = _centred(a, top, scratch[0], careful)
+    b = _centred(b, other_top, scratch[1], careful)
+    e, other_e = torch.exp(a, out=scratch[2]), torch.exp(b, out=scratch[3])
+    torch.sum(e, -1, out=total)
+    torch.sum(other_e, -1, out=other_total)
+    if with_entropy:
+        torch.sum(torch.mul(e, a, out=scratch[4]), -1, out=entropy)
+    n = _log_mixture(e, other_e, (total / other_total)[:, None], beta, scratch[4], careful)
+    torch.sum(a.sub_(n).mul_(e), -1, out=moment)
+    torch.sum(b.sub_(n).mul_(other_e), -1, out=other_moment)
+    return careful or _finite(moment, other_moment)
+
+
+def _jsd_statistics(sums: Tensor, beta: float) -> Tensor:
+    """Generalised JSD and the rest from `_jsd_sums`; the centre is KL(p || m)."""
+    top, other_top, *others = sums.unbind()
+    ratio = wide(others[0] / others[1])
+    total, other_total, moment, other_moment, entropy = map(wide, others)
+    log_sum, other_log_sum = total.log(), other_total.log()
+    # Of the mixture with its rounded ratio: the loss has its minimum there, and hardly feels the
+    # rounding, if only the mixture sums to 1.
+    log_mixed = torch.lerp(total, ratio * other_total, beta).log()
+    centre = moment / total - log_sum + log_mixed
+    other = other_moment / other_total - other_log_sum + log_mixed
+    loss = (1 - beta) * centre + beta * other
+    rows = loss, centre, top, log_sum, other_top, other_log_sum, log_sum - entropy / total
+    return torch.stack([x.to(sums.dtype) for x in rows])
+
+
+def _centred(z: Tensor, top: Tensor, block: Tensor, careful: bool = True) -> Tensor:
+    """z less its maximum, in the block; with care at least LOWEST."""
+    centred = torch.sub(z, top[:, None], out=block)
+    return centred.clamp_(min=LOWEST) if careful else centred
+
+
+def _log_mixture(
+    e: Tensor, other_e: Tensor, ratio: Tensor, beta: float, block: Tensor, careful: bool
 ) -> Tensor:
-    """Generalised JSD; the centre is KL(p || m)."""
-    masses, log_masses, tops, log_sums = [], [], [], []
-    for source, factor, z, e in (
-        (x, scale, scratch[0], scratch[2]),
-        (y, teacher_scale, scratch[1], scratch[3]),
-    ):
-        scaled = _scaled(source, factor, z)
-        tops.append(scaled.amax(-1))
-        total = torch.exp(_centred(scaled, tops[-1], z), out=e).sum(-1)
-        log_sums.append(wide(total).log().to(total.dtype))
-        masses.append(e.div_(total[:, None]))
-        log_masses.append(z.sub_(log_sums[-1][:, None]))
-    (p, q), (a, b), m = masses, log_masses, scratch[4]
-    entropy = -torch.mul(p, a, out=m).sum(-1) if with_entropy else tops[0]
-    log_m = _log_mixture(p, q, beta, m)
-    centre = a.sub_(log_m).mul_(p).sum(-1)
-    loss = (1 - beta) * centre + beta * b.sub_(log_m).mul_(q).sum(-1)
-    return torch.stack((loss, centre, tops[0], log_sums[0], tops[1], log_sums[1], entropy))
+    """log((1 - beta) e + beta ratio other_e) in the block; with care finite where both are 0."""
+    m = torch.lerp(e, torch.mul(other_e, ratio, out=block), beta, out=block)
+    return (m.clamp_(min=torch.finfo(m.dtype).tiny) if careful else m).log_()
 
 
-def _log_mixture(p: Tensor, q: Tensor, beta: float, out: Tensor) -> Tensor:
-    """log(beta q + (1 - beta) p), finite where both are 0."""
-    return torch.lerp(p, q, beta, out=out).clamp_(min=torch.finfo(p.dtype).tiny).log_()
-
-
-# The gradient of a chunk: values [rows, V] and their factor [rows, 1]. `a` and `b` are the logits,
-# divided by the temperature, and may lie in the first two blocks of the scratch.
+# The gradient of a chunk, [rows, V] in the scratch. `a` and `b` are the logits, divided by the
+# temperature; they may lie in its first two blocks, or be the caller's.
 
 
 def _coefficients(
@@ -274,11 +307,12 @@ def _coefficients(
     """Row data [N, 1] of the direction's function below."""
     top, log_sum, teacher_top, teacher_log_sum, centre = statistics
     if direction == "jsd":
-        factor = upstream * (1 - beta)
-        return tuple(x[:, None] for x in (factor, *statistics))
-    own = _row_factors(top, log_sum, upstream, active, 1.0)
+        factor = (-log_sum).exp_().mul_(upstream).mul_(1 - beta)
+        ratio = (wide(log_sum) - teacher_log_sum).exp_().to(top.dtype)
+        return tuple(x[:, None] for x in (factor, top, teacher_top, ratio, centre))
+    own = row_factors(top, log_sum, upstream, active, 1.0)
     if direction == "forward":
-        return *own, *_row_factors(teacher_top, teacher_log_sum, upstream, active, 1.0)
+        return *own, *row_factors(teacher_top, teacher_log_sum, upstream, active, 1.0)
     # log p - log q - L = (a - b) - mean, with the difference of the logsumexps in the mean.
     mean = wide(centre) + (wide(top) - wide(teacher_top)) + (log_sum - teacher_log_sum)
     return *own, mean.to(top.dtype)[:, None]
@@ -289,46 +323,51 @@ def _shifted_exp(z: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
 
 
 def _reverse_slopes(
-    a: Tensor, b: Tensor, scratch: Tensor, shift: Tensor | None, factor: Tensor, mean: Tensor
-) -> tuple[Tensor, Tensor]:
+    a: Tensor,
+    b: Tensor,
+    scratch: list[Tensor],
+    careful: bool,
+    shift: Tensor | None,
+    factor: Tensor,
+    mean: Tensor,
+) -> Tensor:
     """p (a - b - mean)"""
-    if not bool(a.amin() > LOWEST):
+    if careful:
         a = torch.clamp(a, min=LOWEST, out=scratch[0])
         b = torch.clamp(b, min=LOWEST, out=scratch[1])
     slope = torch.sub(a, b, out=scratch[1]).sub_(mean)
-    return slope.mul_(_shifted_exp(a, shift, scratch[0])), factor
+    return slope.mul_(_shifted_exp(a, shift, scratch[0])).mul_(factor)
 
 
 def _forward_slopes(
     a: Tensor,
     b: Tensor,
-    scratch: Tensor,
+    scratch: list[Tensor],
     shift: Tensor | None,
     factor: Tensor,
     teacher_shift: Tensor | None,
     teacher_factor: Tensor,
-) -> tuple[Tensor, None]:
+) -> Tensor:
     """p - q, each with its factor"""
     q = _shifted_exp(b, teacher_shift, scratch[1])
-    slope = _shifted_exp(a, shift, scratch[0]).mul_(factor).addcmul_(q, teacher_factor, value=-1)
-    return slope, None
+    return _shifted_exp(a, shift, scratch[0]).mul_(factor).addcmul_(q, teacher_factor, value=-1)
 
 
 def _jsd_slopes(
     a: Tensor,
     b: Tensor,
-    scratch: Tensor,
+    scratch: list[Tensor],
+    careful: bool,
     beta: float,
     factor: Tensor,
     top: Tensor,
-    log_sum: Tensor,
     teacher_top: Tensor,
-    teacher_log_sum: Tensor,
+    ratio: Tensor,
     centre: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """p (log p - log m - centre)"""
-    log_p = torch.sub(a, top, out=scratch[0]).clamp_(min=LOWEST).sub_(log_sum)
-    q = torch.sub(b, teacher_top, out=scratch[1]).sub_(teacher_log_sum).exp_()
-    p = torch.exp(log_p, out=scratch[2])
-    slope = log_p.sub_(_log_mixture(p, q, beta, scratch[3])).sub_(centre)
-    return slope.mul_(p), factor
+) -> Tensor:
+    """p (log p - log m - centre), with log m as `_jsd_sums` has it"""
+    a = _centred(a, top[:, 0], scratch[0], careful)
+    other_e = torch.exp(torch.sub(b, teacher_top, out=scratch[1]), out=scratch[1])
+    e = torch.exp(a, out=scratch[2])
+    n = _log_mixture(e, other_e, ratio, beta, scratch[1], careful)
+    return a.sub_(n).sub_(centre).mul_(e).mul_(factor)

@@ -11,22 +11,26 @@ maximum moves from the [N, V] data into a factor for each row. Bytes that must m
 an element: N V e in `scan`, 2 N V e in `expand`.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .row_chunks import (
+    SAFE_MAXIMUM,
+    Piece,
+    accumulator,
+    chunks,
+    cut,
+    new_scratch,
+    row_factors,
+    rows_at_once,
+    scaled,
+    sequences,
+    spread,
+    within,
+)
 from .threads import share
-
-SAFE_MAXIMUM = 60.0  # exp(60) summed over 2^18 words is still 10^7 times below the largest float32
-SAFE_FACTOR = 1e32  # factors of 1 / this to this meet neither denormals nor infinity
-WORDS_PER_THREAD = 1 << 18  # 1 MiB of float32
-# Blocks over 32 MiB go back to the system when freed; touching new pages costs more than the work.
-MOST_WORDS = 1 << 23
-DEVICE_WORDS = 1 << 26  # where there are thousands of threads
-
-Rows = slice | Tensor  # consecutive rows, or an int64 index
 
 
 @torch.no_grad()
@@ -45,20 +49,24 @@ def scan(
 
     Raises ValueError for an id outside [0, V) in a valid row on the CPU; elsewhere it gives NaN.
     """
-    size, workers = _task_rows(logits), _workers(logits)
-    shape = workers, 1 + with_entropy, size, logits.shape[2]
-    scratch = logits.new_empty(shape, dtype=_accumulator(logits))
-    tasks: list[tuple[int, Tensor, Rows]] = []
-    for (x,), (mask,) in _sequences((logits.detach(),), (valid,)):
-        tasks += [(len(tasks) + i, x, rows) for i, rows in enumerate(_chunks(mask, len(x), size))]
-    parts = [scratch.new_zeros((3, 0))] * (len(tasks) + 1)
+    size = rows_at_once(logits)
+    scratch = new_scratch(logits, 1 + with_entropy, size)
+    count = len(ids) if valid is None else int(valid.sum())
+    statistics = logits.new_zeros((3, count), dtype=accumulator(logits))
+    tasks: list[tuple[Piece, Tensor]] = []
+    first = 0
+    for (x,), (mask,) in sequences((logits.detach(),), (valid,)):
+        for n, (piece,) in chunks(mask, size, x):
+            tasks.append((piece, statistics[:, first : first + n]))
+            first += n
 
-    def work(task: tuple[int, Tensor, Rows], worker: int) -> None:
-        i, x, rows = task
-        parts[i] = _row_statistics(_take(x, rows), scale, scratch[worker])
+    def work(task: tuple[Piece, Tensor], worker: int) -> None:
+        piece, out = task
+        x = piece.read()
+        _row_statistics(x, scale, cut(scratch[worker], len(x)), out)
 
-    share(tasks, work, workers)
-    maximum, total, entropy = _spread(torch.cat(parts, 1), valid)
+    share(tasks, work, len(scratch))
+    maximum, total, entropy = spread(statistics, valid)
     log_sum = total.clamp_(min=1).log_()  # the sum includes exp(0); rows left out hold 0
     log_sum.masked_fill_(maximum == -torch.inf, -torch.inf)  # as logsumexp has it
     gathered = gather(logits, ids, valid, scale)
@@ -77,7 +85,7 @@ def gather(
     bad = bad_ids(ids, valid, logits.shape[2])
     unread = bad if valid is None else bad | ~valid[:, None]
     index = ids.masked_fill(unread, 0).long().view(*logits.shape[:2], ids.shape[1])
-    gathered = logits.gather(2, index).view(ids.shape).to(_accumulator(logits)).mul_(scale)
+    gathered = logits.gather(2, index).view(ids.shape).to(accumulator(logits)).mul_(scale)
     return gathered.masked_fill_(unread, 0).masked_fill_(bad, torch.nan)
 
 
@@ -100,175 +108,74 @@ def expand(
     [0, V) writes nothing; ids listed twice in a row receive both betas. A NaN alpha gives NaN.
     """
     active = alpha != 0 if valid is None else (alpha != 0) & valid
-    shift, factor = _row_factors(maximum, log_sum, alpha, active, scale)
-    size, workers = _task_rows(logits), _workers(logits)
-    scratch = logits.new_empty((workers, size, logits.shape[2]), dtype=_accumulator(logits))
-    tasks: list[tuple[Tensor, Tensor, Rows, Tensor | None, Tensor | None]] = []
+    shift, factor = row_factors(maximum, log_sum, alpha, active, scale)
+    size = rows_at_once(logits)
+    scratch = new_scratch(logits, 1, size)
+    tasks: list[_Expansion] = []
     row_data = active, ~active, factor, shift
-    for (x, y), (on, off, f, m) in _sequences((logits.detach(), out.detach()), row_data):
-        tasks += [(x, y, rows, None, None) for rows in _chunks(off, len(x), size)]
-        tasks += [(x, y, rows, f, m) for rows in _chunks(on, len(x), size)]
+    for (x, y), (on, off, f, m) in sequences((logits.detach(), out.detach()), row_data):
+        tasks += [_Expansion(*pieces) for _, pieces in chunks(off, size, y)]
+        tasks += [_Expansion(*pieces) for _, pieces in chunks(on, size, y, x, f, m)]
 
-    def work(task: tuple[Tensor, Tensor, Rows, Tensor | None, Tensor | None], worker: int) -> None:
-        x, y, rows, f, m = task
-        if f is None:
-            _zero(y, rows)
+    def work(task: _Expansion, worker: int) -> None:
+        if task.logits is None:
+            task.out.zero()
         else:
-            _write_softmax(x, y, rows, f, m, scale, scratch[worker])
+            _write_softmax(task, scale, scratch[worker][0])
 
-    share(tasks, work, workers)
+    share(tasks, work, len(scratch))
     _put_entries(out, ids, maximum, log_sum, gathered, valid, alpha, beta, scale)
-
-
-# Which rows are worked on together, and where they lie.
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    """float32, or float64 for float64 data."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _workers(logits: Tensor) -> int:
-    """Threads that share a pass; other devices share their work themselves."""
-    return torch.get_num_threads() if logits.is_cpu else 1
-
-
-def _task_rows(logits: Tensor) -> int:
-    """How many rows a thread passes through its scratch at once."""
-    batch, length, vocab = logits.shape
-    most = MOST_WORDS // _workers(logits)
-    words = min(WORDS_PER_THREAD, most) if logits.is_cpu else DEVICE_WORDS
-    return max(1, min(batch * length, round(words / vocab)))
-
-
-def _sequences(
-    tensors: tuple[Tensor, ...],  # [B, T, V]
-    row_data: tuple[Tensor | None, ...],  # [N] or [N, 1]
-) -> Iterator[tuple[list[Tensor], list[Any]]]:
-    """Views [rows, V] and [rows, ...] of all rows where the strides allow it, else of each b."""
-    batch, length, vocab = tensors[0].shape
-    if batch < 2 or length < 2 or all(x.stride(0) == length * x.stride(1) for x in tensors):
-        yield [x.view(batch * length, vocab) for x in tensors], list(row_data)
-        return
-    for b in range(batch):
-        rows = slice(b * length, (b + 1) * length)
-        yield [x[b] for x in tensors], [None if x is None else x[rows] for x in row_data]
-
-
-def _chunks(mask: Tensor | None, count: int, size: int) -> Iterator[Rows]:
-    """The rows of [0, count) that the mask selects, in order, at most `size` at a time."""
-    if mask is None:
-        yield from (slice(i, min(i + size, count)) for i in range(0, count, size))
-        return
-    selected = mask.nonzero()[:, 0]
-    for i in range(0, len(selected), size):
-        rows = selected[i : i + size]
-        first, last = int(rows[0]), int(rows[-1])
-        yield slice(first, last + 1) if last - first + 1 == len(rows) else rows
-
-
-def _take(x: Tensor, rows: Rows) -> Tensor:
-    """x[rows]: a view where the rows are consecutive."""
-    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
-
-
-def _zero(x: Tensor, rows: Rows) -> None:
-    """x[rows] = 0"""
-    if isinstance(rows, slice):
-        x[rows].zero_()
-    else:
-        x.index_fill_(0, rows, 0)
-
-
-def _store(x: Tensor, rows: Rows, values: Tensor, factor: Tensor) -> None:
-    """x[rows] = factor * values, rounded once; overwrites the values."""
-    if isinstance(rows, slice):
-        x[rows].copy_(values.mul_(factor))
-    else:
-        x.index_copy_(0, rows, values.mul_(factor).to(x.dtype))
-
-
-def _spread(values: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
-    """The rows of `values` [k, selected] as k tensors [N], with 0 where the mask is False."""
-    if mask is None:
-        return tuple(x.clone() for x in values)
-    return tuple(x.new_zeros(len(mask)).masked_scatter_(mask, x) for x in values)
 
 
 # Arithmetic on a chunk, and on row data.
 
 
-def _write_softmax(
-    x: Tensor,  # [rows, V]
-    y: Tensor,  # [rows, V], may be x
-    rows: Rows,
-    factor: Tensor,  # [rows, 1]
-    shift: Tensor | None,  # [rows, 1]
-    scale: float,
-    scratch: Tensor,  # [>= chosen rows, V]
-) -> None:
-    """y[rows] = factor * exp(scale * x[rows] - shift)"""
-    z = _scaled(_take(x, rows), scale, scratch)
-    if shift is not None:
-        z = torch.sub(z, _take(shift, rows), out=scratch[: len(z)])
-    if isinstance(rows, slice) and y.dtype == z.dtype:
-        torch.exp(z, out=y[rows]).mul_(_take(factor, rows))
+class _Expansion(NamedTuple):
+    """out = factor * exp(scale * logits - shift); without logits 0."""
+
+    out: Piece  # [rows, V]
+    logits: Piece | None = None  # [rows, V], may be out
+    factor: Piece | None = None  # [rows, 1]
+    shift: Piece | None = None  # [rows, 1]
+
+
+def _write_softmax(task: _Expansion, scale: float, block: Tensor) -> None:
+    assert task.logits is not None and task.factor is not None
+    x, factor = task.logits.read(), task.factor.read()
+    if len(x) < len(block):
+        block = block[: len(x)]
+    z = scaled(x, scale, block)
+    if task.shift is not None:
+        z = torch.sub(z, task.shift.read(), out=block)
+    if task.out.chosen is None and task.out.x.dtype == z.dtype:
+        torch.exp(z, out=task.out.x).mul_(factor)
     else:
-        _store(y, rows, torch.exp(z, out=scratch[: len(z)]), _take(factor, rows))
-
-
-def _scaled(x: Tensor, scale: float, scratch: Tensor) -> Tensor:
-    """scale * x, in the scratch unless there is nothing to do; [rows, V]."""
-    z = scratch[: len(x)]
-    if x.dtype == z.dtype:
-        return x if scale == 1 else torch.mul(x, scale, out=z)
-    z.copy_(x)
-    return z if scale == 1 else z.mul_(scale)
+        task.out.write(torch.exp(z, out=block).mul_(factor))
 
 
 def _row_statistics(
     x: Tensor,  # [rows, V]
     scale: float,
-    scratch: Tensor,  # [1, >= rows, V]; [2, ...] to have the entropy
-) -> Tensor:
-    """[3, rows]: maximum of z = scale * x, sum of exp(z - maximum), and entropy if asked for."""
-    z = _scaled(x, scale, scratch[0])
-    maximum = z.amax(-1)
-    e = scratch[-1, : len(x)]
+    scratch: list[Tensor],  # one block [rows, V]; two to have the entropy
+    out: Tensor,  # [3, rows]
+) -> None:
+    """Maximum of z = scale * x, sum of exp(z - maximum), and entropy if asked for, into `out`."""
+    maximum, total, entropy = out.unbind()
+    z = scaled(x, scale, scratch[0])
+    torch.amax(z, -1, out=maximum)
+    e = scratch[-1]
     with_entropy = len(scratch) == 2
-    if not with_entropy and x.is_cpu and _norm(maximum) <= SAFE_MAXIMUM:
+    if not with_entropy and x.is_cpu and within(SAFE_MAXIMUM, maximum):
         # Divided by the exponential's own value at the maximum, which cancels its rounding: near
         # p = 1 the sum is as exact as with the shift.
-        total = torch.exp(z, out=e).sum(-1).div_(maximum.exp())
-        return torch.stack((maximum, total, total))
-    z = torch.sub(z, maximum[:, None], out=scratch[0, : len(x)])
-    total = torch.exp(z, out=e).sum(-1)
-    if not with_entropy:
-        return torch.stack((maximum, total, total))
-    # Clamped, -inf times the probability 0 is 0. NaN stays.
-    mean = z.clamp_(min=torch.finfo(z.dtype).min).mul_(e).sum(-1).div_(total)
-    return torch.stack((maximum, total, total.log().sub_(mean)))
-
-
-def _norm(x: Tensor) -> float:
-    """Largest magnitude; NaN if there is one."""
-    return float(torch.linalg.vector_norm(x, torch.inf))
-
-
-def _row_factors(
-    maximum: Tensor, log_sum: Tensor, alpha: Tensor, active: Tensor, scale: float
-) -> tuple[Tensor | None, Tensor]:
-    """(shift, factor), [N, 1], with scale * alpha * softmax(z) = factor * exp(z - shift).
-
-    The shift is None where every active row can do without.
-    """
-    if maximum.is_cpu:
-        factor = (-(maximum.double() + log_sum)).exp_().mul_(alpha).mul_(scale)
-        size = factor.abs()
-        safe = (size >= 1 / SAFE_FACTOR) & (size <= SAFE_FACTOR) & (maximum.abs() <= SAFE_MAXIMUM)
-        if bool((safe | ~active).all()):
-            return None, factor.to(maximum.dtype)[:, None]
-    return maximum[:, None], (-log_sum).exp_().mul_(alpha).mul_(scale)[:, None]
+        torch.sum(torch.exp(z, out=e), -1, out=total).div_(maximum.exp())
+        return
+    z = torch.sub(z, maximum[:, None], out=scratch[0])
+    torch.sum(torch.exp(z, out=e), -1, out=total)
+    if with_entropy:
+        # Clamped, -inf times the probability 0 is 0. NaN stays.
+        mean = z.clamp_(min=torch.finfo(z.dtype).min).mul_(e).sum(-1).div_(total)
+        torch.sub(total.log(), mean, out=entropy)
 
 
 def bad_ids(ids: Tensor, valid: Tensor | None, vocab: int) -> Tensor:

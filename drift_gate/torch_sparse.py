@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from . import gradients
 from .threads import share
 from .torch_passes import bad_ids
 
@@ -71,10 +72,36 @@ def sum_words(
     order: Tensor,  # [N K], from by_word
 ) -> Tensor:
     """Row v: the sum of slope * hidden over the entries of word v; [V, H] like hidden."""
-    order = order[: int(starts[-1])]
-    weights = slope.to(hidden.dtype).flatten()[order]
+    if hidden.device.type == "cpu":
+        return _sum_touched(hidden, slope, starts, order)
+    bags = _bags(order, starts, hidden, slope)  # the last holds the entries without a word
+    return bags[: len(starts) - 1]
+
+
+def _sum_touched(hidden: Tensor, slope: Tensor, starts: Tensor, order: Tensor) -> Tensor:
+    """`sum_words` that touches the rows of the listed words alone, and otherwise writes zeros."""
+    shape = len(starts) - 1, hidden.shape[1]
+    out = gradients.empty(shape, hidden.dtype, hidden.device).zero_()
+    words = starts.diff().nonzero()[:, 0]
+    begins = torch.cat([starts[words], starts[-1:]])
+    borders = begins.tolist()
+    step = max(1, CHUNK_WORDS // max(1, shape[1]))
+    slabs = [(i, min(i + step, len(words))) for i in range(0, len(words), step)]
+
+    def work(slab: tuple[int, int], worker: int) -> None:
+        i, j = slab
+        entries = order[borders[i] : borders[j]]
+        out.index_copy_(0, words[i:j], _bags(entries, begins[i:j] - borders[i], hidden, slope))
+
+    share(slabs, work, torch.get_num_threads())
+    return out
+
+
+def _bags(order: Tensor, starts: Tensor, hidden: Tensor, slope: Tensor) -> Tensor:
+    """Sums of slope * hidden over the entries of each bag, which begin at `starts`."""
+    weights = slope.flatten()[order].to(hidden.dtype)
     rows = order.div(slope.shape[1], rounding_mode="floor")
-    return embedding_bag(rows, hidden, starts[:-1], per_sample_weights=weights, mode="sum")
+    return embedding_bag(rows, hidden, starts, per_sample_weights=weights, mode="sum")
 
 
 def by_word(ids: Tensor, vocab: int) -> tuple[Tensor, Tensor]:

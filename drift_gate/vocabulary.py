@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import torch_passes
+from . import gradients, torch_passes
 
 Scan = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -89,7 +89,7 @@ def expand(
     `alpha` [N] and `beta` [N, K] have the dtype of the statistics, which come from `scan`. Rows
     that are not valid become 0; they, and rows whose alpha is 0, are not read.
     """
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = gradients.empty(logits.shape, logits.dtype, logits.device)
     _expand_into(out, logits, ids, maximum, log_sum, gathered, valid, alpha, beta, scale, backend)
     return out
 
@@ -191,7 +191,7 @@ def _backward(
     logits, ids, valid, gathered, maximum, log_sum = ctx.saved_tensors
     alpha, beta = coefficients(gathered, grad_gathered, grad_log_probs, grad_log_sum)
     row_data = ids, maximum, log_sum, gathered, valid, alpha, beta, ctx.scale, ctx.backend
-    return _write_gradient(logits, row_data, ctx.inplace), *nothing
+    return gradients.write(expand, expand_, logits, row_data, ctx.inplace), *nothing
 
 
 def coefficients(
@@ -211,14 +211,6 @@ def coefficients(
     if beta is None:
         beta = torch.zeros_like(gathered)
     return alpha, beta
-
-
-def _write_gradient(logits: Tensor, row_data: tuple[Any, ...], inplace: bool) -> Tensor:
-    """The gradient in a new tensor, or in place of the logits."""
-    if not inplace:
-        return expand(logits, *row_data)
-    expand_(logits, *row_data)
-    return logits.detach()
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)
@@ -262,7 +254,7 @@ def _backward_gather(ctx: Any, beta: Tensor) -> tuple[Tensor | None, ...]:
     logits, ids, valid = ctx.saved_tensors
     zero = beta.new_zeros(beta.shape[0])
     row_data = ids, zero, zero, beta, valid, zero, beta, ctx.scale, ctx.backend
-    return _write_gradient(logits, row_data, ctx.inplace), *(None,) * 5
+    return gradients.write(expand, expand_, logits, row_data, ctx.inplace), *(None,) * 5
 
 
 gather.register_autograd(_backward_gather, setup_context=_setup_gather)

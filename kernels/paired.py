@@ -81,11 +81,17 @@ def row_pointers(
 
 @triton.jit
 def load_tiles(x_pointers, y_pointers, inside):
-    """Both tiles in float32; beyond the row -inf, which no sum counts."""
+    """Both tiles in float32; beyond the row -inf, which no sum counts.
+
+    Logits below LOWEST, as of words masked with the lowest finite number, become -inf: they have no
+    mass, and a temperature under 1 would make them infinite where sums no longer expect it.
+    """
+    LOWEST_: tl.constexpr = LOWEST
     if inside is None:
         x = tl.load(x_pointers)
         y = tl.load(y_pointers)
     else:
         x = tl.load(x_pointers, mask=inside, other=-float("inf"))
         y = tl.load(y_pointers, mask=inside, other=-float("inf"))
-    return x.to(tl.float32), y.to(tl.float32)
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.where(x < LOWEST_, -float("inf"), x), tl.where(y < LOWEST_, -float("inf"), y)

@@ -217,6 +217,27 @@ def test_minus_infinity_and_nan(kernels_on_cpu, vocab, direction):
     assert grad[0, loss.isnan()].isnan().all()
 
 
+@EACH_DIRECTION
+@pytest.mark.parametrize("vocab", [40, 5000])
+def test_masks_of_the_lowest_finite_number(kernels_on_cpu, vocab, direction):
+    """Count as -inf where that is finite; where it is infinite, the loss is huge and no NaN."""
+    x, y = draw(1, 4, vocab, dtype=torch.bfloat16)
+    lowest = torch.finfo(torch.bfloat16).min
+    x[0, :2, : vocab // 2] = lowest
+    y[0, 1:3, : vocab // 2] = lowest
+    huge = {"reverse": [2], "forward": [0], "jsd": []}[direction]
+    labels = torch.full((4,), vocab - 1)
+    valid, ones = torch.ones(4, dtype=torch.bool), torch.ones(4)
+    truth = eager(x[0].double(), y[0].double(), labels, valid, ones, direction)
+    data = (t.to(kernels_on_cpu) for t in (x, y, labels, valid, ones))
+    loss, _, entropy, grad, _ = (t.cpu() for t in run(*data, direction))
+    assert (loss > 1e20).nonzero()[:, 0].tolist() == huge
+    good = [row for row in range(4) if row not in huge]
+    torch.testing.assert_close(loss[good].double(), truth[0][good], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), truth[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad[0, good].double(), truth[3][good], rtol=1e-2, atol=1e-6)
+
+
 def test_equal_models_have_no_divergence(kernels_on_cpu):
     x, _ = draw(1, 4, 3000)
     x = x.to(kernels_on_cpu)
