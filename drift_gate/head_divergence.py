@@ -79,7 +79,7 @@ def head_divergence_grad(
     for at in chunks(valid, chosen.chunk_size) or []:
         loss.values(at)
         sums.add(at, take(hidden, at), loss.gradient(take(upstream, at)))
-    grads = finish_sums(sums.tensors, sums.tensors[3].new_ones(()), weight.dtype)
+    grads = finish_sums(sums.finish(), sums.tensors[3].new_ones(()), weight.dtype)
     return grads[0], grads[1], grads[2]
 
 

@@ -18,7 +18,8 @@ from .head import Head, slices
 from .threads import share
 
 Rows = slice | Tensor
-SLAB_WORDS = 1 << 18  # elements of grad_weight that a thread sums at a time: 1 MiB of float32
+PRODUCT_WORDS = 1 << 20  # elements of grad_weight that a thread multiplies at a time,
+SLAB_WORDS = 1 << 16  # and those that it adds: 256 KiB of float32
 
 
 class Needs(NamedTuple):
@@ -59,11 +60,14 @@ class Sums:
     """Running sums; `tensors` has the shapes of `sum_shapes`."""
 
     def __init__(self, hidden: Tensor, head: Head, needs: Needs, chunk_size: int) -> None:
-        self.head, self.needs = head, needs
+        self.head, self.needs, self.begun = head, needs, False
         self.tensors = [
-            gradients.empty(shape, dtype, hidden.device).zero_()
+            gradients.empty(shape, dtype, hidden.device)
             for shape, dtype in sum_shapes(hidden, head.weight, needs, chunk_size)
         ]
+        of_hidden, _, rest, of_bias = self.tensors
+        for x in (of_hidden, rest, of_bias):
+            x.zero_()
 
     def add(self, rows: Rows, hidden: Tensor, gradient: Tensor) -> None:
         """Add a chunk: its rows in the hidden states, hidden [C, H], gradient [C, V]."""
@@ -74,7 +78,11 @@ class Sums:
             else:
                 of_hidden.index_copy_(0, rows, gradient @ self.head.weight)
         if self.needs.weight:
-            if rest.numel():
+            if not self.begun and of_weight.dtype == gradient.dtype:
+                torch.mm(gradient.t(), hidden, out=of_weight)
+            elif not self.begun:
+                _add_wide(of_weight.zero_(), gradient, hidden)
+            elif rest.numel():
                 _add_split(of_weight, rest, gradient, hidden)
             elif of_weight.dtype == gradient.dtype:
                 of_weight.addmm_(gradient.t(), hidden)
@@ -82,9 +90,18 @@ class Sums:
                 _add_wide(of_weight, gradient, hidden)
         if self.needs.bias:
             of_bias += gradient.sum(0, dtype=of_bias.dtype)
+        self.begun = True
+
+    def finish(self) -> list[Tensor]:
+        """The sums, all rows added."""
+        if not self.begun:
+            self.tensors[1].zero_()
+        return self.tensors
 
     def multiply(self, factor: float) -> None:
         """Multiply what was summed so far."""
+        if not self.begun:
+            return
         of_hidden, of_weight, rest, of_bias = self.tensors
         scale = of_bias.new_tensor(factor)
         _multiply(of_hidden, scale)
@@ -112,7 +129,7 @@ def _add_wide(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     if total.is_cuda:  # the product itself is summed in float32, and never stored
         torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
         return
-    step = max(1, SLAB_WORDS // total.shape[1])
+    step = max(1, PRODUCT_WORDS // total.shape[1])
     for words in _slabs(total, step):
         total[words] += torch.mm(gradient[:, words].t(), hidden)
 
@@ -131,29 +148,32 @@ def _slabs(x: Tensor, step: int) -> list[slice]:
 
 
 class _Scratch:
-    """For each thread a slab of products, of float32, and of int32."""
+    """For each thread a slab of float32 and one of int32."""
 
-    def __init__(self, workers: int, words: int, width: int) -> None:
-        self.product = torch.empty(workers, words, width, dtype=torch.bfloat16)
-        self.value = torch.empty(workers, words, width)
-        self.bits = torch.empty(workers, words, width, dtype=torch.int32)
+    def __init__(self, high: Tensor) -> None:
+        self.workers = torch.get_num_threads()
+        self.step = min(len(high), max(1, SLAB_WORDS // high.shape[1]))
+        shape = self.workers, self.step, high.shape[1]
+        self.value, self.bits = torch.empty(shape), torch.empty(shape, dtype=torch.int32)
 
 
 def _add_split(high: Tensor, low: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """(high, low) += gradient^T hidden, 24 bits: see `_load`."""
-    workers, step = torch.get_num_threads(), max(1, SLAB_WORDS // high.shape[1])
-    scratch = _Scratch(workers, min(step, len(high)), high.shape[1])
+    scratch = _Scratch(high)
+    many = min(len(high), max(scratch.step, PRODUCT_WORDS // high.shape[1]))
+    products = high.new_empty(scratch.workers, many, high.shape[1])
 
     def add(words: slice, worker: int) -> None:
-        n = words.stop - words.start
-        product = scratch.product[worker, :n]
+        product = products[worker, : words.stop - words.start]
         torch.mm(gradient[:, words].t(), hidden, out=product)
-        value, bits = scratch.value[worker, :n], scratch.bits[worker, :n]
-        _load(high[words], low[words], value, bits)
-        value.add_(bits.view(torch.float32).copy_(product))
-        _store(high[words], low[words], value, bits)
+        parts = [torch.split(x, scratch.step) for x in (high[words], low[words], product)]
+        for upper, lower, more in zip(*parts, strict=True):
+            value, bits = (x[worker, : len(more)] for x in (scratch.value, scratch.bits))
+            _load(upper, lower, value, bits)
+            value.add_(bits.view(torch.float32).copy_(more))
+            _store(upper, lower, value, bits)
 
-    share(_slabs(high, step), add, workers)
+    share(_slabs(high, many), add, scratch.workers)
 
 
 def _scale_weight(high: Tensor, low: Tensor, factor: Tensor, last: bool) -> None:
@@ -161,8 +181,7 @@ def _scale_weight(high: Tensor, low: Tensor, factor: Tensor, last: bool) -> None
     if not low.numel():
         _multiply(high, factor)
         return
-    workers, step = torch.get_num_threads(), max(1, SLAB_WORDS // high.shape[1])
-    scratch = _Scratch(workers, min(step, len(high)), high.shape[1])
+    scratch = _Scratch(high)
 
     def scale(words: slice, worker: int) -> None:
         n = words.stop - words.start
@@ -174,7 +193,7 @@ def _scale_weight(high: Tensor, low: Tensor, factor: Tensor, last: bool) -> None
         else:
             _store(high[words], low[words], value, bits)
 
-    share(_slabs(high, step), scale, workers)
+    share(_slabs(high, scratch.step), scale, scratch.workers)
 
 
 def _load(high: Tensor, low: Tensor, value: Tensor, bits: Tensor) -> None:

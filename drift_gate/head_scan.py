@@ -136,7 +136,7 @@ def head_expand(
         h = take(hidden, rows)
         chunk = Chunk(head, h, take(ids, rows), buffer, False, backend)
         sums.add(rows, h, chunk.gradient(take(alpha, rows), take(beta, rows)))
-    grads = finish_sums(sums.tensors, sums.tensors[3].new_ones(()), weight.dtype)
+    grads = finish_sums(sums.finish(), sums.tensors[3].new_ones(()), weight.dtype)
     return grads[0], grads[1], grads[2]
 
 

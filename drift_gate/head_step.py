@@ -97,7 +97,7 @@ def head_step(
     sums = Sums(hidden, head, needs, chosen.chunk_size)
     weights = _walk(loss, common, data, gate, known, sums)
     inverse = weights.mean().reciprocal().to(coefficient.dtype)
-    return [*sums.tensors, inverse, *loss.results]
+    return [*sums.finish(), inverse, *loss.results]
 
 
 def make_loss(

@@ -147,12 +147,12 @@ def gather(
     hidden, weight = _rows(hidden), _rows(weight)
     (n, k), (vocab, width) = ids.shape, weight.shape
     out = torch.empty(n, k, dtype=torch.float32, device=hidden.device)
-    block = min(16, triton.next_power_of_2(k))
+    block = min(ENTRIES, triton.next_power_of_2(k))  # for one warp, which needs no barrier
     if n:
         _gather[(n, triton.cdiv(k, block))](
             hidden, weight, bias, ids, valid.view(torch.uint8), out,
             hidden.stride(0), weight.stride(0), vocab, width,
-            K=k, BLOCK_K=block, WIDTH=min(128, _tile(width)), num_warps=NUM_WARPS,
+            K=k, BLOCK_K=block, WIDTH=min(512 if block == 1 else 256, _tile(width)), num_warps=1,
         )  # fmt: skip
     return out
 

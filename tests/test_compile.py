@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import KERNELS
 from drift_gate.kernels import scan as scan_pass
+from drift_gate.kernels import sparse
 from drift_gate.kernels.blocks import row_blocks
 from drift_gate.kernels.expand import expand
 from drift_gate.kernels.sampled_token import sampled_token
@@ -91,6 +92,22 @@ def test_topk_rows(target, direction, support, k):
     )
     assert result.spill_bytes == 0
     assert result.registers <= 128
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("k", [1, 65])
+def test_sparse(target, dtype, k):
+    width, vocab = 4096, 1000
+    hidden, weight = torch.empty(64, width, dtype=dtype), torch.empty(vocab, width, dtype=dtype)
+    ids, slope = torch.zeros(64, k, dtype=torch.int64), torch.zeros(64, k)
+    valid, starts = torch.ones(64, dtype=torch.bool), torch.zeros(vocab + 1, dtype=torch.int64)
+    with compile_only(target) as launches:
+        sparse.gather(hidden, weight, weight[:, 0].contiguous(), ids, valid)
+        sparse.weigh_words(weight, ids, slope)
+        sparse.sum_words(hidden, slope, starts, ids.flatten())
+    assert [launch.name for launch in launches] == ["_gather", "_weigh_words", "_sum_words"]
+    for launch in launches:
+        assert_streams(report(launch.kernel), 128)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_many_chunks_cost_no_digits(dtype):
         truth += gradient.T.double() @ h.double()
         total += gradient.double().sum(0)
     factor = torch.tensor(0.7, dtype=torch.promote_types(dtype, torch.float32))
-    _, of_weight, of_bias = finish_sums(sums.tensors, factor, dtype)
+    _, of_weight, of_bias = finish_sums(sums.finish(), factor, dtype)
     for got, exact in ((of_weight, 0.7 * truth), (of_bias, 0.7 * total)):
         assert got.dtype == dtype
         error = (got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
@@ -55,7 +55,7 @@ def test_bfloat16_is_summed_in_24_bits():
     sums.add(slice(0, 1), hidden[:1], torch.full((1, 3), 2.0**16).bfloat16())
     for i in range(200):
         sums.add(slice(i, i + 1), hidden[:1], torch.full((1, 3), 100.0).bfloat16())
-    _, grad, _ = finish_sums(sums.tensors, torch.tensor(2.0**-8), torch.bfloat16)
+    _, grad, _ = finish_sums(sums.finish(), torch.tensor(2.0**-8), torch.bfloat16)
     assert (grad == torch.tensor((2.0**16 + 20_000) / 2**8).bfloat16()).all()
 
 
@@ -66,7 +66,7 @@ def test_extreme_sums_survive(value):
     sums = Sums(hidden.expand(4, 2), head, Needs(False, True, False), 1)
     for gradient in (value, 0.0):
         sums.add(slice(0, 1), hidden, torch.full((1, 3), gradient).bfloat16())
-    _, grad, _ = finish_sums(sums.tensors, torch.tensor(1.0), torch.bfloat16)
+    _, grad, _ = finish_sums(sums.finish(), torch.tensor(1.0), torch.bfloat16)
     expected = torch.full((3,), value).bfloat16()
     torch.testing.assert_close(grad[:, 0], expected, equal_nan=True, rtol=0, atol=1e-40)
 
