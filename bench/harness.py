@@ -92,15 +92,16 @@ def measure(
         return results
     work = suite.draw(case, device)
     truths = suite.truths(work)
-    leaves = [getattr(work, name).detach() for name in suite.leaves]
-    kept: list[Tensor] = []
+    leaves = Leaves([getattr(work, name) for name in suite.leaves])
     runs = {}
     for implementation in chosen:
         result = results[implementation.name]
         try:
-            run = _prepared(implementation, work, leaves, kept)
-            truth = truths.get(implementation.truth, {})
-            result.extra_bytes, result.errors = _once(*run, truth, device)
+            leaves.before(overwrites=False)
+            run = _prepared(implementation, work, leaves)
+            result.extra_bytes, outputs = _once(*run, device)
+            result.gradient_bytes = _gradient_bytes(outputs, leaves)
+            result.errors = errors(outputs, truths.get(implementation.truth, {}))
             runs[implementation.name] = run
         except OtherWork:
             del results[implementation.name]
@@ -112,6 +113,7 @@ def measure(
             first = (str(error).strip().splitlines() or [""])[0]
             result.left_out = f"{type(error).__name__}: {first}"
         finally:
+            outputs = None
             gc.collect()
     for name, seconds in timing.interleaved(runs, device, rounds).items():
         results[name].seconds = seconds
@@ -148,42 +150,56 @@ def _memory(needed: float, device: torch.device) -> str:
     return f"takes about {needed / 1e9:.1f} GB, and {free_bytes(device) / 1e9:.1f} GB are free"
 
 
+class Leaves:
+    """What gradients are taken in, and copies of it once somebody overwrites it."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = [x.detach().requires_grad_() for x in tensors]
+        self.copies: list[Tensor] = []
+        self.dirty = False
+
+    def before(self, overwrites: bool) -> None:
+        """Restore what the last run overwrote; `overwrites` says whether the next one does."""
+        if self.dirty:
+            with torch.no_grad():
+                for leaf, copy in zip(self.tensors, self.copies, strict=True):
+                    leaf.copy_(copy)
+        if overwrites and not self.copies:
+            self.copies = [leaf.detach().clone() for leaf in self.tensors]
+        self.dirty = overwrites
+
+    def own(self, x: Tensor) -> bool:
+        """Whether a tensor lies in their memory."""
+        return x.data_ptr() in {leaf.data_ptr() for leaf in self.tensors}
+
+
 def _prepared(
-    implementation: Implementation, work: Work, leaves: list[Tensor], kept: list[Tensor]
+    implementation: Implementation, work: Work, leaves: Leaves
 ) -> tuple[Callable[[], None], Callable[[], Outputs]]:
-    """(restore, run). `kept` holds copies of the leaves once somebody overwrites them."""
+    """(before, run): what is not timed, and what is."""
     needed = implementation.temporaries * work.case.rows * work.case.vocab
     if needed > free_bytes(work.device):
         raise LeftOut(_memory(needed, work.device))
-    run = implementation.make(work)
-    inputs = [leaf.requires_grad_() for leaf in leaves]
-    if implementation.overwrites and not kept:
-        kept += [leaf.detach().clone() for leaf in leaves]
-
-    def restore() -> None:
-        if implementation.overwrites:
-            with torch.no_grad():
-                for leaf, copy in zip(inputs, kept, strict=True):
-                    leaf.copy_(copy)
-
-    return restore, functools.partial(run, *inputs)
+    before = functools.partial(leaves.before, implementation.overwrites)
+    return before, functools.partial(implementation.make(work), *leaves.tensors)
 
 
 def _once(
-    restore: Callable[[], None], run: Callable[[], Outputs], truth: Truth, device: torch.device
-) -> tuple[int, dict[str, dict[str, float]]]:
-    """Run twice, the first time to compile: exact peak of extra bytes, errors.
+    before: Callable[[], None], run: Callable[[], Outputs], device: torch.device
+) -> tuple[int, Outputs]:
+    """Run twice, the first time to compile: exact peak of extra bytes, and the outputs."""
+    before()
+    run()
+    before()
+    with peak_bytes(device) as memory:
+        outputs = run()  # kept: gradients count
+    return memory.peak, outputs
 
-    The inputs are left as they were found.
-    """
-    try:
-        run()
-        restore()
-        with peak_bytes(device) as memory:
-            outputs = run()  # kept: gradients count
-        return memory.peak, errors(outputs, truth)
-    finally:
-        restore()
+
+def _gradient_bytes(outputs: Outputs, leaves: Leaves) -> int:
+    """Bytes of the gradients that do not lie in a leaf's memory."""
+    grads = [x for name, x in outputs.items() if name.startswith("grad")]
+    return sum(x.nbytes for x in grads if not leaves.own(x))
 
 
 def _compare(results: dict[str, Result]) -> None:

@@ -34,6 +34,7 @@ class Result:
     seconds: list[list[float]] = dataclasses.field(default_factory=list)  # rounds x launches
     ratio_quartiles: tuple[float, float, float] | None = None  # of time, by round
     extra_bytes: int | None = None  # exact peak beyond the inputs, gradients included
+    gradient_bytes: int = 0  # of the gradients returned in memory of their own
     extra_ratio: float | None = None
     errors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
@@ -114,13 +115,13 @@ def write(path: Path, results: list[Result]) -> None:
 
 
 def read(path: Path) -> list[Result]:
-    """Results of a file, or of every file below a folder, oldest first.
+    """Results of a file, or of the files of every device in a folder, oldest first.
 
     Raises:
         ValueError: the file is none of this schema.
     """
     if path.is_dir():
-        return [r for file in sorted(path.rglob("*_*+*.json")) for r in read(file)]
+        return [r for file in sorted(path.glob("*/*.json")) for r in read(file)]
     data = json.loads(path.read_text())
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ValueError(f"{path} holds no benchmark results of schema {SCHEMA}")

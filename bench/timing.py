@@ -31,14 +31,14 @@ def interleaved(
 ) -> dict[str, Seconds]:
     """Time `rounds` rounds of all runs."""
     found: dict[str, Seconds] = {name: [] for name in runs}
-    launches = {name: _launches(*pair, device) for name, pair in runs.items()}
+    counts = {name: _count(*pair, device) for name, pair in runs.items()}
     for _ in range(rounds):
         for name, (before, run) in runs.items():
-            found[name].append(_time(before, run, device, launches[name]))
+            found[name].append(_time(before, run, device, counts[name]))
     return found
 
 
-def _launches(before: Run, run: Run, device: torch.device) -> int:
+def _count(before: Run, run: Run, device: torch.device) -> int:
     """How many launches fill a share of a round."""
     if device.type != "cuda":
         return 1
@@ -47,11 +47,11 @@ def _launches(before: Run, run: Run, device: torch.device) -> int:
     return max(1, min(MOST_LAUNCHES, round(SHARE / max(estimate, 1e-6))))
 
 
-def _time(before: Run, run: Run, device: torch.device, launches: int) -> list[float]:
+def _time(before: Run, run: Run, device: torch.device, count: int) -> list[float]:
     """Seconds of each launch."""
     if device.type != "cuda":
         times = []
-        for _ in range(launches):
+        for _ in range(count):
             before()
             start = time.perf_counter()
             result = run()
@@ -59,7 +59,7 @@ def _time(before: Run, run: Run, device: torch.device, launches: int) -> list[fl
             del result  # freed after the clock has stopped
         return times
     flushed = _larger_than_l2(device)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(launches)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     with torch.cuda.device(device):
         for start, end in events:
             before()
@@ -77,11 +77,15 @@ def _larger_than_l2(device: torch.device) -> torch.Tensor:
     return torch.empty(2 * size, dtype=torch.int8, device=device)
 
 
+def launches(run: Run, device: torch.device, count: int) -> list[float]:
+    """Seconds of each of `count` launches of one run."""
+    return _time(lambda: None, run, device, count)
+
+
 def _median(run: Run, device: torch.device, rounds: int = 7) -> float:
     for _ in range(2):
         run()
-    samples = [s for _ in range(rounds) for s in _time(lambda: None, run, device, 1)]
-    return quartiles(samples)[1]
+    return quartiles(launches(run, device, rounds))[1]
 
 
 @cache

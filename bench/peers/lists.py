@@ -11,7 +11,8 @@ from .guard import Peer, load
 
 
 def _trl(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    return load("trl.trainer.utils", "selective_log_softmax")
+    function = load("trl.trainer.utils", "selective_log_softmax")
+    return lambda logits, ids: function(logits[None], ids[None])[0]  # [B, T, V]
 
 
 def _verl(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

@@ -21,12 +21,13 @@ def _cross_entropy(device: torch.device) -> FromLogits:
 
 
 def _trl(device: torch.device) -> FromLogits:
-    return load("trl.trainer.utils", "selective_log_softmax")
+    function = load("trl.trainer.utils", "selective_log_softmax")
+    return lambda logits, labels: function(logits[None], labels[None])[0]  # [B, T, V]
 
 
 def _verl(device: torch.device) -> FromLogits:
     function = load("verl.utils.torch_functional", "logprobs_from_logits")
-    return lambda logits, labels: function(logits, labels, inplace_backward=False)
+    return lambda logits, labels: function(logits[None], labels[None], inplace_backward=False)[0]
 
 
 def _liger(reduction: str) -> Callable[[torch.device], FromLogits]:

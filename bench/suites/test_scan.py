@@ -48,8 +48,9 @@ def trl(work: Work):
     function = load("trl.trainer.utils", "selective_log_softmax_and_entropy")
 
     def compute(logits: Tensor) -> Outputs:
-        log_probs, entropy = function(logits, work.labels, entropy_requires_grad=False)
-        return {"log_probs": log_probs, "entropy": entropy}
+        arguments = logits[None], work.labels[None]  # [B, T, V]
+        log_probs, entropy = function(*arguments, entropy_requires_grad=False)
+        return {"log_probs": log_probs[0], "entropy": entropy[0]}
 
     return forward(compute)
 
