@@ -60,10 +60,12 @@ def cases(anchor: Case, works: Sequence[str], grid: str, on_gpu: bool) -> list[C
     if grid == "quick":
         return anchors
     if grid == "growth":
-        short = 1024 if on_gpu or not anchor.vocab else 2048 if not anchor.hidden else 64
+        short = 64 if anchor.hidden and not on_gpu else 1024
         vocab = min(anchor.vocab, 32_000 if on_gpu or anchor.hidden else 8192)
         small = anchor._replace(vocab=vocab, hidden=min(anchor.hidden, 1024))
-        return [small._replace(rows=short << power) for power in range(GROWTH.bit_length())]
+        powers = range(1, GROWTH.bit_length() - 1)  # between the ends, which come first
+        rows = [short, GROWTH * short, *(short << power for power in powers)]
+        return [small._replace(rows=n) for n in rows]
     axes: dict[str, Sequence[int | str]] = {"rows": ROWS, "kind": ("normal",), "dtype": DTYPES}
     if anchor.vocab:
         axes["vocab"] = VOCABS

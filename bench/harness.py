@@ -62,6 +62,13 @@ def _cached(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def _forget(device: torch.device) -> None:
+    """Free what earlier runs left in cycles, and what the allocator keeps."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def input_bytes(case: Case) -> int:
     """Memory of the inputs, a copy to restore them from, and float64 scratch."""
     logits = case.rows * case.vocab * case.itemsize
@@ -80,6 +87,7 @@ def measure(
     """
     chosen = [i for i in suite.implementations if not wanted or i.name in (*wanted, BASELINE)]
     floor = suite.floor(case)
+    _forget(device)
     blank = functools.partial(
         Result, suite.name, case._asdict(), baseline=BASELINE, bytes_must_move=floor.bytes,
         flops=floor.flops, machine=_machine(device),
@@ -114,7 +122,7 @@ def measure(
             result.left_out = f"{type(error).__name__}: {first}"
         finally:
             outputs = None
-            gc.collect()
+            _forget(device)
     for name, seconds in timing.interleaved(runs, device, rounds).items():
         results[name].seconds = seconds
     _compare(results)

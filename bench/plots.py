@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -51,13 +51,23 @@ def draw(results: list[Result], path: Path) -> list[Path]:
         mine = [r for r in timed if r.suite == suite]
         look, groups = styles(dict.fromkeys(r.implementation for r in mine)), by_work(mine)
         figures = {
-            "time": panels(groups, look, suite, lambda r: 1e3 * r.median, "milliseconds", floor),
-            "memory": panels(groups, look, suite, lambda r: (r.extra_bytes or 0) / 1e6, "extra MB"),
+            "time": panels(
+                [Panel(title, group, milliseconds, "ms", floor) for title, group in groups.items()],
+                look, suite,
+            ),
+            "memory": panels(
+                [Panel(title, group, megabytes, "extra MB") for title, group in groups.items()],
+                look, suite,
+            ),
             "roofline": roofline(mine, look, suite),
-        }
-        grown = {title: group for title, group in groups.items() if factor(group) >= GROWN}
-        if grown:
-            figures["growth"] = panels(grown, look, suite, per_row, "microseconds a row")
+        }  # fmt: skip
+        title, widest = max(groups.items(), key=lambda item: factor(item[1]))
+        if factor(widest) >= GROWN:
+            grown = [
+                Panel(title, widest, per_row, "microseconds a row"),
+                Panel(title, widest, megabytes, "extra MB"),
+            ]
+            figures["growth"] = panels(grown, look, suite, share=False)
         for kind, figure in figures.items():
             written.append(save(figure, path.with_name(f"{path.stem}_{slug(suite)}_{kind}.png")))
     return written
@@ -67,6 +77,14 @@ def save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
     return path
+
+
+def milliseconds(result: Result) -> float:
+    return 1e3 * result.median
+
+
+def megabytes(result: Result) -> float:
+    return (result.extra_bytes or 0) / 1e6
 
 
 def per_row(result: Result) -> float:
@@ -94,11 +112,11 @@ def by_work(results: list[Result]) -> dict[str, Group]:
         for r in sorted(mine, key=lambda r: r.size.rows):
             if r.size._replace(rows=0) == size:
                 group.setdefault(r.implementation, []).append(r)
-        found[title(size)] = group
+        found[heading(size)] = group
     return found
 
 
-def title(size: Any) -> str:
+def heading(size: Any) -> str:
     parts = [size.what]
     parts += [f"V = {size.vocab:,}"] if size.vocab else []
     parts += [f"H = {size.hidden:,}"] if size.hidden else []
@@ -112,42 +130,51 @@ def factor(group: Group) -> float:
     return max(rows) / min(rows)
 
 
-def panels(
-    groups: dict[str, Group],
-    look: dict[str, Style],
-    suite: str,
-    value: Callable[[Result], float],
-    unit: str,
-    bound: Callable[[Result], float] | None = None,
-) -> Figure:
-    """A panel for each work, `value` against the rows; the legend to the right of all."""
+class Panel(NamedTuple):
+    """What one panel shows against the rows."""
+
+    title: str
+    group: Group
+    value: Callable[[Result], float]
+    unit: str
+    bound: Callable[[Result], float] | None = None
+
+
+def panels(shown: list[Panel], look: dict[str, Style], suite: str, *, share: bool = True) -> Figure:
+    """Panels side by side, with one scale where they `share` a unit; the legend right of all."""
     figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(3.2 + 3.9 * len(groups), 4.4), squeeze=False, sharey=True
+        1, len(shown), figsize=(3.2 + 3.9 * len(shown), 4.4), squeeze=False, sharey=share
     )
-    for axis, (heading, group) in zip(axes[0], groups.items(), strict=True):
-        for name, line in group.items():
-            colour, marker, dashes = look[name]
-            ours = name.startswith("drift_gate")
-            axis.plot(
-                [r.size.rows for r in line], [max(value(r), 1e-6) for r in line], dashes,
-                color=colour, marker=marker, label=name, linewidth=2.2 if ours else 1.2,
-                markersize=6, zorder=3 if ours else 2,
-            )  # fmt: skip
-        if bound is not None:
-            line = max(group.values(), key=len)
-            axis.plot(
-                [r.size.rows for r in line], [bound(r) for r in line], ":", color="#555555",
-                marker="_", label="floor: bytes at copy rate" + _gemm(line), zorder=1,
-            )  # fmt: skip
-        axis.set_title(heading, fontsize=LABEL)
+    for i, (axis, panel) in enumerate(zip(axes[0], shown, strict=True)):
+        lines(axis, panel, look)
+        axis.set_title(panel.title, fontsize=LABEL)
         axis.set_xlabel("N, rows")
-        plain_log(axis, sorted({r.size.rows for line in group.values() for r in line}))
-    axes[0][0].set_ylabel(unit)
-    device = next(iter(next(iter(groups.values())).values()))[0].machine
-    figure.suptitle(f"{suite} on {device['device']}, torch {device['torch']}", fontsize=LABEL + 2)
+        if i == 0 or not share:
+            axis.set_ylabel(panel.unit)
+        plain_log(axis, sorted({r.size.rows for line in panel.group.values() for r in line}))
+    machine = next(iter(shown[0].group.values()))[0].machine
+    figure.suptitle(f"{suite} on {machine['device']}, torch {machine['torch']}", fontsize=LABEL + 2)
     figure.tight_layout()
     legend(figure, axes[0])
     return figure
+
+
+def lines(axis: Axes, panel: Panel, look: dict[str, Style]) -> None:
+    """A line for each implementation, ours in front; and the bound."""
+    for name, line in panel.group.items():
+        colour, marker, dashes = look[name]
+        ours = name.startswith("drift_gate")
+        axis.plot(
+            [r.size.rows for r in line], [max(panel.value(r), 1e-6) for r in line], dashes,
+            color=colour, marker=marker, label=name, linewidth=2.2 if ours else 1.2,
+            markersize=6, zorder=3 if ours else 2,
+        )  # fmt: skip
+    if panel.bound is not None:
+        line = max(panel.group.values(), key=len)
+        axis.plot(
+            [r.size.rows for r in line], [panel.bound(r) for r in line], ":", color="#555555",
+            marker="_", label="floor: bytes at copy rate" + _gemm(line), zorder=1,
+        )  # fmt: skip
 
 
 def _gemm(line: list[Result]) -> str:
@@ -213,8 +240,8 @@ def roofline(results: list[Result], look: dict[str, Style], suite: str) -> Figur
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0][0].set_ylabel("billion operations a second")
     machine = results[0].machine
-    heading = f"{suite}: roofline of {machine['device']}, torch {machine['torch']}"
-    figure.suptitle(heading, fontsize=LABEL + 2)
+    title = f"{suite}: roofline of {machine['device']}, torch {machine['torch']}"
+    figure.suptitle(title, fontsize=LABEL + 2)
     figure.tight_layout()
     legend(figure, axes[0])
     return figure

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,11 @@ def results_folder() -> Path:
     return (root if (root / "pyproject.toml").exists() else Path.cwd()) / "bench" / "results"
 
 
-def new_path(folder: Path, device: str, suites: Iterable[str]) -> Path:
-    """A file by device, date and time."""
+def new_path(folder: Path, device: str, suites: Collection[str]) -> Path:
+    """A file by device, date and time, and by suites where they are few."""
     stamp = time.strftime("%Y-%m-%d_%H%M%S")
-    return folder / slug(device) / f"{stamp}_{'+'.join(suites)}.json"
+    name = "+".join(suites) if len(suites) <= 3 else f"{len(suites)}_suites"
+    return folder / slug(device) / f"{stamp}_{name}.json"
 
 
 def write(path: Path, results: list[Result]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -37,7 +38,13 @@ def forward(compute: Forward) -> Forward:
 
 
 def compiled(function: Callable) -> Callable:
-    """torch.compile for one size; what was compiled for others is forgotten."""
+    """torch.compile for one size; what was compiled for others is forgotten.
+
+    Raises:
+        LeftOut: the environment turns the compiler off.
+    """
+    if os.environ.get("TORCHDYNAMO_DISABLE", "0") == "1":
+        raise LeftOut("TORCHDYNAMO_DISABLE is set")
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
 

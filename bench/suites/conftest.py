@@ -47,7 +47,7 @@ class Session:
         self.wanted: dict[str, dict[Case, list[str]]] = {}
         self.results: dict[tuple[str, Case], dict[str, Result]] = {}
         self.suite_end = self.end
-        self.seconds_per_item = 0.0  # a case's time over its logits, the worst of this suite
+        self.fixed = self.per_item = 0.0  # seconds of a case of this suite: at all; for a logit
 
     def cases(self, suite: Suite) -> list[Case]:
         return suite.cases(self.grid, self.device.type == "cuda")
@@ -60,14 +60,14 @@ class Session:
         if not any(name == suite.name for name, _ in self.results):
             left = len(self.wanted) - len({name for name, _ in self.results})
             self.suite_end = now + max(self.end - now, 0) / max(left, 1)
-            self.seconds_per_item = 0.0
-        if now + self.seconds_per_item * items > self.suite_end:
+            self.fixed = self.per_item = 0.0
+        if now + self.fixed + self.per_item * items > self.suite_end and self.fixed:
             pytest.skip("the time budget does not reach so far (--bench-budget)")
-        wanted = self.wanted[suite.name][case]
-        found = measure(suite, case, self.device, self.rounds, wanted)
+        found = measure(suite, case, self.device, self.rounds, self.wanted[suite.name][case])
         self.results[suite.name, case] = found
-        spent = (time.monotonic() - now) / items
-        self.seconds_per_item = max(self.seconds_per_item / 2, spent)
+        spent = time.monotonic() - now
+        steady = sum(sum(r.samples) + 2 * r.median for r in found.values() if r.seconds)
+        self.fixed, self.per_item = max(spent - steady, 1e-3), steady / items
         self.write()
         return found
 

@@ -72,7 +72,7 @@ def of(peer: Peer) -> Implementation:
         return forward(compute)
 
     return Implementation(
-        peer.name, make, "computes the log-prob; the entropy is eager", "same", peer.temporaries,
+        peer.name, make, "log-prob; the entropy, where asked for, eager", "same", peer.temporaries,
         peer.overwrites,
     )  # fmt: skip
 
