@@ -115,6 +115,8 @@ def measure(
             del results[implementation.name]
         except LeftOut as reason:
             result.left_out = str(reason)
+        except torch.OutOfMemoryError:
+            result.left_out = "out of memory"
         except Exception as error:  # what a peer may raise is not known
             if implementation.name.startswith(OURS) or implementation.name == BASELINE:
                 raise

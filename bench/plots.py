@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from .measure import slug
 from .record import Result
@@ -167,7 +167,7 @@ def lines(axis: Axes, panel: Panel, look: dict[str, Style]) -> None:
         axis.plot(
             [r.size.rows for r in line], [max(panel.value(r), 1e-6) for r in line], dashes,
             color=colour, marker=marker, label=name, linewidth=2.2 if ours else 1.2,
-            markersize=6, zorder=3 if ours else 2,
+            markersize=6, markerfacecolor=None if ours else "none", zorder=3 if ours else 2,
         )  # fmt: skip
     if panel.bound is not None:
         line = max(panel.group.values(), key=len)
@@ -205,11 +205,15 @@ def plain_log(axis: Axes, rows: list[int] | None = None) -> None:
     if rows is not None:
         step = -(-len(rows) // 6)
         axis.set_xticks(rows[::step])
-        axis.xaxis.set_minor_locator(LogLocator(subs=()))
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.tick_params(axis="x", rotation=30)
         axis.margins(x=0.08)
     low, high = axis.get_ylim()
-    if high / low < 30:
+    if high / low < 10:  # a flat line should look flat
+        middle = (low * high) ** 0.5
+        low, high = middle / 10**0.5, middle * 10**0.5
+        axis.set_ylim(low, high)
+    if high / low < 300:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for one in (axis.xaxis, axis.yaxis):
         one.set_major_formatter(FuncFormatter(plain))

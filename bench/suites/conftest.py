@@ -46,6 +46,7 @@ class Session:
         self.out = config.getoption("--bench-out")
         self.wanted: dict[str, dict[Case, list[str]]] = {}
         self.results: dict[tuple[str, Case], dict[str, Result]] = {}
+        self.failed: dict[tuple[str, Case], str] = {}
         self.suite_end = self.end
         self.fixed = self.per_item = 0.0  # seconds of a case of this suite: at all; for a logit
 
@@ -56,6 +57,8 @@ class Session:
         """Measured now, unless it was before. Skips what the budget does not reach."""
         if (suite.name, case) in self.results:
             return self.results[suite.name, case]
+        if (suite.name, case) in self.failed:  # and would take as long again
+            pytest.fail(self.failed[suite.name, case], pytrace=False)
         now, items = time.monotonic(), case.rows * max(case.vocab, case.k, 1)
         if not any(name == suite.name for name, _ in self.results):
             left = len(self.wanted) - len({name for name, _ in self.results})
@@ -63,7 +66,12 @@ class Session:
             self.fixed = self.per_item = 0.0
         if now + self.fixed + self.per_item * items > self.suite_end and self.fixed:
             pytest.skip("the time budget does not reach so far (--bench-budget)")
-        found = measure(suite, case, self.device, self.rounds, self.wanted[suite.name][case])
+        wanted = self.wanted[suite.name][case]
+        try:
+            found = measure(suite, case, self.device, self.rounds, wanted)
+        except Exception as error:
+            self.failed[suite.name, case] = f"{type(error).__name__}: {error}"
+            raise
         self.results[suite.name, case] = found
         spent = time.monotonic() - now
         steady = sum(sum(r.samples) + 2 * r.median for r in found.values() if r.seconds)
