@@ -50,6 +50,7 @@ stage() {
     echo "$name: not run, the time is up" | tee -a "$OUT/stages.txt"
     return
   fi
+  [ -z "$DRY" ] || limit=300  # a busy machine is no reason to fail
   [ "$limit" -lt "$left" ] || limit=$left
   echo "== $name, at most $limit s"
   timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1

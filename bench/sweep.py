@@ -269,9 +269,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny inputs, as without a GPU")
     arguments = parser.parse_args()
     device = device_here()
-    chosen = [
-        s for s in sweeps(device.type == "cuda") if not arguments.only or s.module in arguments.only
-    ]
+    wanted, small = arguments.only, arguments.small or device.type != "cuda"
+    chosen = [s for s in sweeps(small) if not wanted or s.module in wanted]
     end = time.monotonic() + arguments.seconds
     results: list[dict[str, Any]] = []
     for i, sweep in enumerate(chosen):

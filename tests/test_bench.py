@@ -341,6 +341,7 @@ def test_every_suite_has_the_baseline_first_and_no_name_twice():
         assert len(names) == len(set(names))
 
 
+@pytest.mark.slow
 def test_the_command_and_its_results(tmp_path):
     """Row functions alone: a suite without logits. Nothing is compiled."""
     out = tmp_path / "out.json"
@@ -399,17 +400,21 @@ def test_a_search_follows_the_best_of_each_axis():
     assert len(seen) == len(set(seen)) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="a bash script")
 def test_the_gpu_script(tmp_path):
-    """Its syntax; and the machine's description and a stage, dry, on the CPU."""
+    """Its syntax; and two stages, dry: every pass once, and the profile of one."""
     script = ROOT / "bench" / "gpu.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
-    environment = os.environ | {"DRY": "1", "STAGES": "profile", "PYTHON": sys.executable}
+    environment = os.environ | {"DRY": "1", "STAGES": "sanitizer profile", "PYTHON": sys.executable}
     done = subprocess.run(
         ["bash", str(script), str(tmp_path)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert torch.__version__ in (tmp_path / "machine.txt").read_text()
     if has_triton():
-        assert (tmp_path / "stages.txt").read_text().startswith("profile: done")
+        stages = (tmp_path / "stages.txt").read_text()
+        assert "small_shapes: done" in stages and "profile: done" in stages
+        passes = json.loads((tmp_path / "small_shapes.json").read_text())["results"]
+        assert len({r["pass"] for r in passes if r["seconds"] > 0}) == 7
         assert "scan" in (tmp_path / "profile.txt").read_text()
