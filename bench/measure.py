@@ -111,7 +111,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Commit of this source tree, with "+" where it was changed since; "unknown" outside one."""
+    """Commit of this source tree, with "+" where it was changed since; "unknown" outside one.
+
+    New results are no change.
+    """
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -119,7 +122,8 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = "+" if git("status", "--porcelain") else ""
+        sources = ":(top)", ":(top,exclude)bench/results"
+        changed = "+" if git("status", "--porcelain", "--", *sources) else ""
         return git("rev-parse", "--short=12", "HEAD") + changed
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

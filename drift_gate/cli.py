@@ -1,5 +1,6 @@
 """Command line `drift-gate`; needs the extra `cli`."""
 
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import torch
@@ -128,3 +129,44 @@ def distill(
     if not WEIGHTS.exists():
         fail(f"{WEIGHTS} is missing: python -m drift_gate.bench.distill.pretrain makes it")
     compare(steps=steps, seed=seed, quick=quick, device=parse_device(device or "cpu"))
+
+
+@app.command()
+def bench(
+    suites: Annotated[list[str] | None, typer.Argument(help="All, if left out.")] = None,
+    device: Device = None,
+    grid: Annotated[
+        str,
+        typer.Option(help="Sizes: quick (one a work), star, full, growth (64 times the rows)."),
+    ] = "star",
+    budget: Annotated[float, typer.Option(help="Seconds, shared by the suites.")] = 600,
+    rounds: Annotated[int, typer.Option(help="Paired rounds.", min=1)] = 5,
+    out: Annotated[Path | None, typer.Option(help="File of the results (JSON).")] = None,
+    plots: Annotated[bool, typer.Option(help="Draw pictures beside the results.")] = True,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two files of results, instead of a run.")
+    ] = None,
+) -> None:
+    """Time, memory and error of every pass and loss, beside those of others.
+
+    Writes JSON and pictures under bench/results; needs the extra `bench`.
+    """
+    try:
+        from .bench import cases, command
+    except ModuleNotFoundError as missing:
+        fail(f"bench needs the package {missing.name}: pip install drift-gate[bench]")
+    if compare is not None:
+        try:
+            command.compare_files(*compare)
+        except (OSError, ValueError) as error:
+            fail(f"--compare: {error}")
+        return
+    known = command.suite_names()
+    if unknown := set(suites or ()) - set(known):
+        fail(f"no suite {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if grid not in cases.GRIDS:
+        fail(f"--grid must be one of {', '.join(cases.GRIDS)}; got {grid!r}")
+    chosen = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = dict(device=chosen, grid=grid, budget=budget, rounds=rounds, out=out, plots=plots)
+    if not command.run(suites or known, **options):
+        raise typer.Exit(1)

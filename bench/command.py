@@ -1,0 +1,108 @@
+"""`drift-gate bench`: run suites under pytest with a progress bar, then tables, JSON, pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import compare, record, report
+from .measure import device_name
+from .record import Result
+
+SUITES = Path(__file__).with_name("suites")
+
+
+def suite_names() -> list[str]:
+    """Files of bench/suites."""
+    return sorted(file.stem.removeprefix("test_") for file in SUITES.glob("test_*.py"))
+
+
+class Bar:
+    """A pytest plugin that moves a progress bar, and keeps what failed."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.task = progress, progress.add_task("collecting", total=None)
+        self.failures: list[str] = []
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.progress.update(self.task, total=len(session.items))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.progress.update(self.task, description=nodeid.split("[", 1)[-1].rstrip("]")[:70])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "teardown":
+            self.progress.advance(self.task)
+        if report.failed:
+            self.failures.append(f"{report.nodeid}: {report.longreprtext.splitlines()[-1]}")
+
+
+def run(
+    suites: list[str], *, device: Any, grid: str, budget: float, rounds: int, out: Path | None,
+    plots: bool,
+) -> bool:  # fmt: skip
+    """Measure, print, write and draw; whether everything that must run did."""
+    console = Console(file=sys.stdout)
+    path = out or record.new_path(record.results_folder(), device_name(device), suites)
+    files = [str(SUITES / f"test_{name}.py") for name in suites]
+    options = [
+        "-s", "-q", "-p", "no:cacheprovider", f"--rootdir={SUITES}", "-c", "/dev/null",
+        "--benchmark-quiet", f"--bench-device={device}", f"--bench-grid={grid}",
+        f"--bench-budget={budget}", f"--bench-rounds={rounds}", f"--bench-out={path}",
+    ]  # fmt: skip
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    said = io.StringIO()
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        bar = Bar(progress)
+        with contextlib.redirect_stdout(said):
+            code = pytest.main([*options, *files], plugins=[bar])
+    for failure in bar.failures:
+        console.print(f"failed: {failure}", style="red", markup=False)
+    if code not in (0, 1) and not bar.failures:
+        console.print(said.getvalue(), markup=False)
+    if not path.exists():
+        return False
+    show(console, path, plots)
+    return code == 0
+
+
+def show(console: Console, path: Path, plots: bool) -> None:
+    """Tables and pictures of a file."""
+    results = record.read(path)
+    machine = results[0].machine
+    console.print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    for table in report.tables(results, console.width):
+        console.print(table, "")
+    console.print(report.LEGEND, style="dim")
+    console.print(f"written to {path}", soft_wrap=True)
+    if plots:
+        from .plots import draw
+
+        for picture in draw(results, path):
+            console.print(f"written to {picture}", soft_wrap=True)
+
+
+def compare_files(first: Path, second: Path) -> None:
+    """Print how B differs from A."""
+    before, after = record.read(first), record.read(second)
+    console = Console()
+    for name, results in (("A", before), ("B", after)):
+        console.print(f"{name}: {describe(results)}")
+    console.print(report.comparison(compare.changes(before, after)))
+    only = compare.unmatched(before, after)
+    if any(only):
+        console.print(f"only in A: {only[0]} measurements; only in B: {only[1]}")
+
+
+def describe(results: list[Result]) -> str:
+    """Where and when results were measured."""
+    keys = ("device", "torch", "date", "commit")
+    machines = [", ".join(str(r.machine.get(key)) for key in keys) for r in results]
+    return "; ".join(dict.fromkeys(machines))

@@ -1,0 +1,78 @@
+"""What each work must move and compute, from its sizes alone.
+
+Bytes are those of tensors of the vocabulary's (or of the head's) size that are read or written once
+each, and of the row data beside them; for the passes they are what the kernels declare. Operations
+count one for an exponential, as for an addition: they place a work on the roofline, no more.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .cases import Case
+
+SCAN_FLOPS = 5  # a logit: scale, shift, exp, add, maximum
+EXPAND_FLOPS = 4  # scale, shift, exp, multiply
+DIVERGENCE_FLOPS = 14
+
+
+class Floor(NamedTuple):
+    """The least that a work costs on any machine."""
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: tuple) -> Floor:
+        return Floor(self.bytes + other[0], self.flops + other[1])
+
+
+def scan(case: Case, k: int, *, with_entropy: bool = False) -> Floor:
+    """One read of the logits; ids (int64) read, two entries an id and two statistics written."""
+    logits = case.rows * case.vocab
+    row = k * (8 + 4 + 4) + 8 + 4 * with_entropy
+    return Floor(logits * case.itemsize + case.rows * row, SCAN_FLOPS * logits)
+
+
+def expand(case: Case, k: int, *, read: bool = True) -> Floor:
+    """One write of the gradient, and one read of the logits unless alpha is 0."""
+    logits = case.rows * case.vocab
+    row = 12 + k * (8 + 4 + 4)
+    return Floor(logits * case.itemsize * (1 + read) + case.rows * row, EXPAND_FLOPS * logits)
+
+
+def rows(case: Case) -> Floor:
+    """Drift of the blocks, gate and loss: some 40 bytes a row."""
+    blocks = 4 + 4 + 1 + 8 + 4  # log-probs, old, valid; drift and block drift, first row
+    token = 3 * 4 + 1 + 8 + 16  # log-probs, old, teacher, valid, blocks; four numbers
+    return Floor(case.rows * (blocks + token), 60 * case.rows)
+
+
+def topk_rows(case: Case) -> Floor:
+    """Scores and the teacher's log-probs read, the slope written, a mask, four numbers a row."""
+    words = case.rows * case.k
+    return Floor(words * (4 + 4 + 1 + 4) + case.rows * (1 + 16), 12 * words)
+
+
+def divergence(case: Case) -> Floor:
+    """One read of both logits; row data as the kernel declares it."""
+    logits = case.rows * case.vocab
+    bytes_ = 2 * logits * case.itemsize + case.rows * (8 + 1 + 28)
+    return Floor(bytes_, DIVERGENCE_FLOPS * logits)
+
+
+def divergence_grad(case: Case) -> Floor:
+    """Both logits read, the student's gradient written."""
+    logits = case.rows * case.vocab
+    bytes_ = 3 * logits * case.itemsize + case.rows * (1 + 24)
+    return Floor(bytes_, DIVERGENCE_FLOPS * logits)
+
+
+def linear(case: Case, gemms: int, *, teacher: bool = False) -> Floor:
+    """`gemms` products of hidden states and head: the loss (1), grad_hidden (2), grad_weight (3).
+
+    Logits need not be moved at all; hidden states and head are read, and each gradient written. A
+    sparse backward writes the gradients too, and its products over K words are not counted.
+    """
+    one = (case.rows + case.vocab) * case.hidden * case.itemsize
+    flops = 2 * case.rows * case.vocab * case.hidden
+    return Floor(one * (2 + teacher), flops * (gemms + teacher))

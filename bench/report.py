@@ -1,0 +1,119 @@
+"""Results for people: rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from .compare import Change
+from .record import Result
+
+
+def duration(seconds: float) -> str:
+    """Three digits in the unit that fits."""
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that fits."""
+    for factor, unit in ((1e-9, "GB"), (1e-6, "MB"), (1e-3, "kB")):
+        if abs(count) * factor >= 1:
+            return f"{count * factor:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+WIDE = 100  # columns of a terminal that has room for everything
+MAIN = ("grad", "grad_hidden", "log_probs", "loss")  # whose error the table shows
+
+
+def error(result: Result) -> tuple[str, str]:
+    """Largest and RMS error of the main output, relative to its largest entry."""
+    for name in MAIN:
+        if name in result.errors:
+            found = result.errors[name]
+            scale = found["scale"] or 1.0
+            return f"{found['max'] / scale:.0e}", f"{found['rms'] / scale:.0e}"
+    return "-", "-"
+
+
+def spread(result: Result) -> str:
+    """Half the interquartile range of the time, in percent of the median."""
+    low, median, high = result.quartiles
+    return f"{50 * (high - low) / median:.0f}"
+
+
+def tables(results: Iterable[Result], width: int) -> Iterator[Table]:
+    """One table a case, for a terminal of that width."""
+    cases: dict[tuple, list[Result]] = {}
+    for result in results:
+        cases.setdefault((result.suite, result.size), []).append(result)
+    for (suite, case), found in cases.items():
+        yield table(f"{suite}: {case}", found, width >= WIDE)
+
+
+def table(title: str, results: list[Result], wide: bool) -> Table:
+    """All implementations of one case; what they leave out, and who is left out, stands below."""
+    first = results[0]
+    caption = [f"must move {size(first.bytes_must_move)}; copy {size(first.copy_bytes_per_s)}/s"]
+    if first.gemm_flops_per_s:
+        caption[0] += f"; GEMM {first.gemm_flops_per_s / 1e12:.3g} Tflop/s"
+    measured = [r for r in results if r.seconds]
+    for note in dict.fromkeys(r.note for r in measured if r.note):
+        names = "; ".join(r.implementation for r in measured if r.note == note)
+        caption.append(f"{note}: {names}")
+    caption += [f"left out: {r.implementation}: {r.left_out}" for r in results if r.left_out]
+    shown = Table(
+        title=title, caption="\n".join(map(escape, caption)), box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        caption_justify="left", show_edge=False,
+    )  # fmt: skip
+    shown.add_column("")
+    for name in ("time", "±%", "ratio", "GB/s", "roof", "extra", "error", "rms")[: 7 + wide]:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for result in measured:
+        ratio = result.ratio_quartiles
+        shown.add_row(
+            result.implementation,
+            duration(result.median),
+            spread(result),
+            f"{ratio[1]:.3g}" if ratio else "-",
+            f"{result.bytes_per_s / 1e9:.2g}",
+            f"{max(result.fraction_of_copy, result.fraction_of_gemm or 0):.2f}",
+            size(result.extra_bytes or 0),
+            *error(result)[: 1 + wide],
+        )
+    return shown
+
+
+LEGEND = (
+    "time: median; ±%: half its interquartile range; ratio: to eager, median over paired rounds; "
+    "GB/s: bytes that must move over the time; roof: the larger fraction of the copy bandwidth and "
+    "of the GEMM rate, measured in this run; extra: exact peak beyond the inputs, gradients "
+    "included; error: the largest of the gradient (else of the log-probs) against float64, over "
+    "its largest entry; rms, on a wide terminal: its root mean square"
+)
+
+
+def comparison(found: list[Change]) -> Table:
+    """B over A; a verdict where the quartiles of the times are apart."""
+    caption = "relative: of the ratios to the baseline of each run"
+    shown = Table(title="B over A", caption=caption, box=SIMPLE_HEAD, show_edge=False)
+    shown.add_column("", overflow="fold")
+    for name in ("time", "relative", "extra", ""):
+        shown.add_column(name, justify="right", no_wrap=True)
+    colours = {"faster": "[green]faster[/]", "slower": "[red]slower[/]", "": ""}
+    for change in found:
+        result = change.result
+        shown.add_row(
+            f"{result.suite}: {result.size}: {result.implementation}",
+            f"{change.time:.3f}",
+            "-" if change.ratio is None else f"{change.ratio:.3f}",
+            "-" if change.memory is None else f"{change.memory:.3f}",
+            colours[change.verdict],
+        )
+    return shown

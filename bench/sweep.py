@@ -1,0 +1,287 @@
+"""Tile sizes, warps and stages of every pass, timed: `python -m drift_gate.bench.sweep`.
+
+The launchers take their tiles from constants of their modules, and pass options to the kernels they
+launch. A configuration sets the former and adds to the latter, for the length of a block; no kernel
+knows of it. On a machine without a GPU the kernels run in Triton's interpreter on tiny inputs: that
+shows that every configuration can be set, and its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from . import floors, timing
+from .cases import Case
+from .inputs import Work, draw, draw_rows
+from .measure import environment, quartiles
+
+Options = dict[str, Any]
+OPTIONS = ("num_warps", "num_stages")  # of a launch; the rest are constants of the module
+
+
+class Sweep(NamedTuple):
+    """A pass, and what to try."""
+
+    module: str  # of drift_gate.kernels
+    kernels: tuple[str, ...]  # whose launches take the options
+    grid: dict[str, tuple[int, ...]]
+    prepare: Callable[[Work], Callable[[ModuleType], object]]  # -> run(module)
+    floor: Callable[[Case], floors.Floor]
+    case: Case
+
+
+class WithOptions:
+    """A kernel whose launches take further options."""
+
+    def __init__(self, kernel: Any, options: Options) -> None:
+        self.kernel, self.options = kernel, options
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        launch = self.kernel[grid]
+        return lambda *arguments, **keywords: launch(*arguments, **(keywords | self.options))
+
+
+@contextlib.contextmanager
+def configured(module: ModuleType, kernels: tuple[str, ...], settings: Options) -> Iterator[None]:
+    """Set the constants of a kernel module and the options of its launches; both are put back.
+
+    Raises:
+        AttributeError: the module has no such constant, or no such kernel.
+    """
+    options = {name: value for name, value in settings.items() if name in OPTIONS}
+    replaced = {name: value for name, value in settings.items() if name not in OPTIONS}
+    replaced |= {name: WithOptions(getattr(module, name), options) for name in kernels}
+    before = {name: getattr(module, name) for name in replaced}
+    try:
+        for name, value in replaced.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def _listed(work: Work) -> tuple[torch.Tensor, ...]:
+    """(ids, maximum, log_sum, gathered) of the labels, as `scan` gives them."""
+    now, lse = work.now64, work.lse64
+    return (
+        work.labels[:, None],
+        lse.float(),
+        torch.zeros_like(lse).float(),
+        (now + lse).float()[:, None],
+    )
+
+
+def _scan(work: Work) -> Callable[[ModuleType], object]:
+    logits, ids = work.logits[None], work.labels[:, None]
+    return lambda module: module.scan(logits, ids, None, 1.0, True)
+
+
+def _expand(work: Work) -> Callable[[ModuleType], object]:
+    logits, out = work.logits[None], torch.empty_like(work.logits)[None]
+    slope = torch.randn(work.case.rows, device=work.device)
+    arguments = logits, *_listed(work), None, slope, -slope[:, None], 1.0, out
+    return lambda module: module.expand(*arguments)
+
+
+def _row_blocks(work: Work) -> Callable[[ModuleType], object]:
+    valid, n = work.old == work.old, work.case.rows
+    arguments = work.now, work.old, valid, None, None, n, "block", 64, "mean", False
+    return lambda module: module.row_blocks(*arguments)
+
+
+def _sampled_token(work: Work) -> Callable[[ModuleType], object]:
+    valid, n = work.old == work.old, work.case.rows
+    blocks = (work.old - work.now).expand(2, n).contiguous()
+    clips = 0.2, 0.2, 3.0, None, 1.0, "tokens", False
+    arguments = (
+        work.now,
+        work.old,
+        work.teacher,
+        valid,
+        blocks,
+        None,
+        n,
+        1.0,
+        "batch",
+        "ppo",
+        *clips,
+    )
+    return lambda module: module.sampled_token(*arguments)
+
+
+def _topk_rows(work: Work) -> Callable[[ModuleType], object]:
+    present = torch.ones_like(work.scores, dtype=torch.bool)
+    valid = work.old == work.old
+    arguments = work.scores, None, work.log_q, present, valid, "reverse", "renormalized", 0.5
+    return lambda module: module.topk_rows(*arguments)
+
+
+def _divergence(work: Work) -> Callable[[ModuleType], object]:
+    logits, teacher = work.logits[None], work.teacher_logits[None]
+    valid = work.old == work.old
+    arguments = logits, teacher, work.labels, valid, 1.0, 1.0, "reverse", 0.5, False
+    return lambda module: module.divergence(*arguments)
+
+
+def _divergence_grad(work: Work) -> Callable[[ModuleType], object]:
+    logits, teacher = work.logits[None], work.teacher_logits[None]
+    valid, zero = work.old == work.old, torch.zeros_like(work.old)
+    lse = work.lse64.float()
+    statistics = torch.stack([lse, zero, lse, zero, zero + 1])
+    options = 1.0, 1.0, "reverse", 0.5, torch.empty_like(logits)
+    return lambda module: module.divergence_grad(
+        logits, teacher, statistics, valid, zero + 1, *options
+    )
+
+
+def sweeps(small: bool) -> list[Sweep]:
+    """Every pass, at the size that the README quotes; an axis starts with its present value."""
+    size = (3, 200, "float32") if small else (8192, 151_936, "bfloat16")
+    logits, rows = Case("", *size), Case("", 70 if small else 8192, 0, "float32")
+    warps = {"num_warps": (8, 4, 16), "num_stages": (3, 2, 4)}
+    lanes = {"LANES": (1024, 512, 2048, 256), **warps}
+    pair = {"LANES": (512, 1024, 256), **warps}
+    tiles = {"TILE_BYTES": (8192, 4096, 16_384), "TILES_PER_PROGRAM": (4, 1, 2, 8), **warps}
+    listed = rows._replace(k=8 if small else 64)
+    blocks = {"ROWS": (32, 16, 64), "COLS": (32, 64, 128), "num_warps": (8, 4)}
+    token = {"TILE": (2048, 1024, 4096), "num_warps": (16, 8)}
+    topk = {"ELEMENTS": (2048, 1024, 4096), "num_warps": (4, 8)}
+
+    def entropy(case: Case) -> floors.Floor:
+        return floors.scan(case, 1, with_entropy=True)
+
+    def one(case: Case) -> floors.Floor:
+        return floors.expand(case, 1)
+
+    return [
+        Sweep("scan", ("_scan",), lanes, _scan, entropy, logits),
+        Sweep("expand", ("_expand",), tiles, _expand, one, logits),
+        Sweep("divergence", ("_divergence",), pair, _divergence, floors.divergence, logits),
+        Sweep(
+            "divergence_grad", ("_divergence_grad",), tiles, _divergence_grad,
+            floors.divergence_grad, logits,
+        ),
+        Sweep("blocks", ("_row_blocks",), blocks, _row_blocks, floors.rows, rows),
+        Sweep("sampled_token", ("_sampled_token",), token, _sampled_token, floors.rows, rows),
+        Sweep("topk", ("_topk_rows",), topk, _topk_rows, floors.topk_rows, listed),
+    ]  # fmt: skip
+
+
+def search(
+    grid: dict[str, tuple[int, ...]], measure: Callable[[Options], float], end: float
+) -> None:
+    """Measure the present configuration, then one axis after the other from the best so far.
+
+    What time is left goes to the other products.
+    """
+    best = {name: values[0] for name, values in grid.items()}
+    known = {tuple(best.values()): measure(best)}
+
+    def tried(settings: Options) -> float:
+        key = tuple(settings.values())
+        if key not in known and time.monotonic() < end:
+            known[key] = measure(settings)
+        return known.get(key, math.inf)
+
+    for name, values in grid.items():
+        best = min(({**best, name: value} for value in values), key=tried)
+    for values in itertools.product(*grid.values()):
+        tried(dict(zip(grid, values, strict=True)))
+
+
+@functools.cache
+def _inputs(case: Case, device: torch.device) -> Work:
+    """Drawn once for the passes that share a size."""
+    return draw(case, device, full_teacher=True) if case.vocab else draw_rows(case, device)
+
+
+def run(sweep: Sweep, device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    """Time configurations until the seconds are spent; the first is the present one."""
+    module = importlib.import_module(f"drift_gate.kernels.{sweep.module}")
+    case, on_gpu = sweep.case, device.type == "cuda"
+    once, bandwidth = sweep.prepare(_inputs(case, device)), timing.copy_bandwidth(device)
+    results: list[dict[str, Any]] = []
+
+    def measure(settings: Options) -> float:
+        result: dict[str, Any] = {"pass": sweep.module, "settings": dict(settings)}
+        results.append(result)
+        try:
+            with configured(module, sweep.kernels, settings):
+                once(module)  # compiles
+                samples = timing.launches(lambda: once(module), device, 20 if on_gpu else 1)
+        except Exception as error:  # out of registers or of shared memory: not to be had here
+            first = (str(error).strip().splitlines() or [""])[0]
+            result["left_out"] = f"{type(error).__name__}: {first}"
+            return math.inf
+        median = result["seconds"] = quartiles(samples)[1]
+        result["fraction_of_copy"] = sweep.floor(case).bytes / median / bandwidth
+        return median
+
+    search(sweep.grid, measure, time.monotonic() + seconds)
+    return results
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """The best configuration of one pass, beside the present one."""
+    timed = [r for r in results if "seconds" in r]
+    lines = [f"{results[0]['pass']}: {len(timed)} of {len(results)} configurations ran"]
+    if timed:
+        lines.append(f"  best     {_shown(min(timed, key=lambda r: r['seconds']))}")
+    return "\n".join([*lines, f"  present  {_shown(results[0])}"])
+
+
+def _shown(result: dict[str, Any]) -> str:
+    settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
+    if "left_out" in result:
+        return f"failed with {settings}: {result['left_out']}"
+    fraction = result["fraction_of_copy"]
+    return f"{1e3 * result['seconds']:.4g} ms ({fraction:.3f} of copy) with {settings}"
+
+
+def device_here() -> torch.device:
+    """The GPU; or the CPU, where kernels that are imported from now on are interpreted."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    os.environ["TRITON_INTERPRET"] = "1"
+    return torch.device("cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=120, help="for all passes together")
+    parser.add_argument("--out", type=Path, default=Path("sweep.json"))
+    parser.add_argument("--only", nargs="*", default=[], help="passes; all, if left out")
+    parser.add_argument("--small", action="store_true", help="tiny inputs, as without a GPU")
+    arguments = parser.parse_args()
+    device = device_here()
+    wanted, small = arguments.only, arguments.small or device.type != "cuda"
+    chosen = [s for s in sweeps(small) if not wanted or s.module in wanted]
+    end = time.monotonic() + arguments.seconds
+    results: list[dict[str, Any]] = []
+    for i, sweep in enumerate(chosen):
+        share = (end - time.monotonic()) / (len(chosen) - i)
+        found = run(sweep, device, share)
+        print(summary(found), flush=True)
+        results += found
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        data = {"machine": environment(device), "results": results}
+        arguments.out.write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
