@@ -85,7 +85,7 @@ def _ratio_loss(
     ratio = tl.exp(tl.minimum(tl.maximum(log_ratio, -20.0), 20.0))
     loss = -advantage * ratio
     slope = tl.where(tl.abs(log_ratio) <= 20.0, loss, 0.0)
-    clipped = loss != loss
+    clipped = tl.zeros(loss.shape, tl.int32) != 0
     if PPO:
         held = -advantage * tl.minimum(tl.maximum(ratio, 1.0 - CLIP_LOW), 1.0 + CLIP_HIGH)
         clipped = held > loss
@@ -135,14 +135,15 @@ def _position_loss(
     ADVANTAGE_CLIP: tl.constexpr,
 ):
     """L of each row, dL/d logp, and whether PPO's clip is active."""
+    never = tl.zeros(teacher.shape, tl.int32) != 0
     if ESTIMATOR == "given":
-        return teacher, tl.full(teacher.shape, 1.0, tl.float32), teacher != teacher
+        return teacher, tl.full(teacher.shape, 1.0, tl.float32), never
     if ESTIMATOR == "ppo" or ESTIMATOR == "importance":
         return _ratio_loss(
             new, old, teacher, CLIP_LOW, CLIP_HIGH, CLIP_C, ADVANTAGE_CLIP, ESTIMATOR == "ppo"
         )
     value, slope = _divergence_loss(new, teacher, ESTIMATOR)
-    return value, slope, value != value
+    return value, slope, never
 
 
 @triton.jit
@@ -164,8 +165,10 @@ def _store_metrics(
     total = tl.sum(weight, 0)
     squares = tl.sum(square, 0)
     tl.store(metrics_out + 0, tl.sum(raw, 0) * over)
-    tl.store(metrics_out + 1, tl.where(n_valid > 0.0, tl.min(weight_min, 0), 0.0))
-    tl.store(metrics_out + 2, tl.max(weight_max, 0))
+    # Minima and maxima drop NaN, the sum keeps it.
+    lowest = tl.where(total == total, tl.min(weight_min, 0), total)
+    tl.store(metrics_out + 1, tl.where(n_valid > 0.0, lowest, 0.0))
+    tl.store(metrics_out + 2, tl.where(total == total, tl.max(weight_max, 0), total))
     tl.store(metrics_out + 3, tl.where(squares == 0.0, 0.0, total / squares * total * over))
     tl.store(metrics_out + 4, tl.sum(drift_abs, 0) * over)
     tl.store(metrics_out + 5, tl.sum(drift, 0) * over)
@@ -238,8 +241,10 @@ def _sampled_token(
             live = tl.load(valid + row, mask=inside, other=0) != 0
             new = tl.load(log_probs + row, mask=live, other=0.0)
             old = new
+            drift = tl.zeros([TILE], tl.float32)
             if old_log_probs is not None:
                 old = tl.load(old_log_probs + row, mask=live, other=0.0)
+                drift = tl.where(live, old - new, 0.0)
             raw = tl.full([TILE], 1.0, tl.float32)
             weight = raw
             if GATE != "off":
@@ -249,7 +254,6 @@ def _sampled_token(
             weight = tl.where(live, weight, 0.0)
             tl.store(rows_out + row, weight, mask=inside)
 
-            drift = tl.where(live, old - new, 0.0)
             raw_sum += tl.where(live, raw, 0.0)
             weight_sum += weight
             square_sum += weight * weight
@@ -257,7 +261,8 @@ def _sampled_token(
             weight_max = tl.maximum(weight_max, weight)
             drift_sum += drift
             drift_abs += tl.abs(drift)
-            kl_sum += tl.minimum(tl.maximum(drift, -20.0), 20.0)
+            bounded = tl.minimum(tl.maximum(drift, -20.0), 20.0)
+            kl_sum += tl.where(drift == drift, bounded, drift)
 
             if teacher_log_probs is not None:
                 teacher = tl.load(teacher_log_probs + row, mask=live, other=0.0)
