@@ -9,11 +9,13 @@ pytest.importorskip("triton")
 
 from conftest import KERNELS
 from support import toy_kernels
-from support.bounds import Extents, KernelFault
 from support.compile_check import TARGETS, Report, check, report
 from support.launches import compile_only, record_launches
-from support.memory import nan_filled_memory, peak_bytes
-from support.numerics import assert_as_good_as
+from support.memory import peak_bytes
+
+from drift_gate.budget import assert_as_good_as
+from drift_gate.fuzz.bounds import Extents, KernelFault
+from drift_gate.fuzz.memory import nan_filled_memory
 
 compiles = pytest.mark.skipif(KERNELS == "interpret", reason="interpreted kernels do not compile")
 checked = pytest.mark.skipif(
