@@ -85,7 +85,7 @@ def _ratio_loss(
     ratio = tl.exp(tl.minimum(tl.maximum(log_ratio, -20.0), 20.0))
     loss = -advantage * ratio
     slope = tl.where(tl.abs(log_ratio) <= 20.0, loss, 0.0)
-    clipped = tl.zeros(loss.shape, tl.int32) != 0
+    clipped = loss != loss
     if PPO:
         held = -advantage * tl.minimum(tl.maximum(ratio, 1.0 - CLIP_LOW), 1.0 + CLIP_HIGH)
         clipped = held > loss
@@ -135,15 +135,14 @@ def _position_loss(
     ADVANTAGE_CLIP: tl.constexpr,
 ):
     """L of each row, dL/d logp, and whether PPO's clip is active."""
-    never = tl.zeros(teacher.shape, tl.int32) != 0
     if ESTIMATOR == "given":
-        return teacher, tl.full(teacher.shape, 1.0, tl.float32), never
+        return teacher, tl.full(teacher.shape, 1.0, tl.float32), teacher != teacher
     if ESTIMATOR == "ppo" or ESTIMATOR == "importance":
         return _ratio_loss(
             new, old, teacher, CLIP_LOW, CLIP_HIGH, CLIP_C, ADVANTAGE_CLIP, ESTIMATOR == "ppo"
         )
     value, slope = _divergence_loss(new, teacher, ESTIMATOR)
-    return value, slope, never
+    return value, slope, value != value
 
 
 @triton.jit
@@ -241,10 +240,8 @@ def _sampled_token(
             live = tl.load(valid + row, mask=inside, other=0) != 0
             new = tl.load(log_probs + row, mask=live, other=0.0)
             old = new
-            drift = tl.zeros([TILE], tl.float32)
             if old_log_probs is not None:
                 old = tl.load(old_log_probs + row, mask=live, other=0.0)
-                drift = tl.where(live, old - new, 0.0)
             raw = tl.full([TILE], 1.0, tl.float32)
             weight = raw
             if GATE != "off":
@@ -254,6 +251,9 @@ def _sampled_token(
             weight = tl.where(live, weight, 0.0)
             tl.store(rows_out + row, weight, mask=inside)
 
+            drift = tl.zeros([TILE], tl.float32)
+            if old_log_probs is not None:
+                drift = tl.where(live, old - new, 0.0)
             raw_sum += tl.where(live, raw, 0.0)
             weight_sum += weight
             square_sum += weight * weight
@@ -261,15 +261,15 @@ def _sampled_token(
             weight_max = tl.maximum(weight_max, weight)
             drift_sum += drift
             drift_abs += tl.abs(drift)
-            bounded = tl.minimum(tl.maximum(drift, -20.0), 20.0)
-            kl_sum += tl.where(drift == drift, bounded, drift)
+            kl_sum += tl.clamp(drift, -20.0, 20.0, propagate_nan=tl.PropagateNan.ALL)
 
             if teacher_log_probs is not None:
                 teacher = tl.load(teacher_log_probs + row, mask=live, other=0.0)
                 value, slope, clipped = _position_loss(
                     new, old, teacher, ESTIMATOR, CLIP_LOW, CLIP_HIGH, CLIP_C, ADVANTAGE_CLIP
                 )
-                clipped_sum += (clipped & live).to(tl.float32)
+                # NaN, which `clipped` is where nothing is clipped, is not.
+                clipped_sum += (clipped & (value == value) & live).to(tl.float32)
                 value = tl.where(live, weight * value, 0.0)
                 slope = tl.where(live, weight * slope, 0.0)
                 coefficient = tl.where(live, factor, 0.0)

@@ -74,29 +74,6 @@ FOUND = {
         "mask": "a hole",
     },
 }
-# On the kernels.
-FOUND_IN_KERNELS = {
-    "row data that is a column was read as if contiguous": {
-        "function": "opd_loss",
-        "rows": 2,
-        "no gate": True,
-        "strided old_log_probs": True,
-    },
-    "metrics of NaN weights": {"function": "opd_loss", "special": "-inf row"},
-    "a NaN counted as clipped": {
-        "function": "opd_loss",
-        "special": "-inf row",
-        "estimator": "k1",
-        "no gate": True,
-        "no old log-probs": True,
-    },
-    "the overlap of a NaN": {
-        "function": "topk_loss",
-        "special": "-inf row",
-        "no gate": True,
-        "no old log-probs": True,
-    },
-}
 
 
 def command(*arguments: str) -> Any:
@@ -106,15 +83,6 @@ def command(*arguments: str) -> Any:
 @pytest.mark.parametrize("case", FOUND.values(), ids=FOUND.keys())
 def test_what_was_found_stays_fixed(case: dict[str, Any]) -> None:
     assert run.replay(case, "torch", CPU) is None
-
-
-def test_what_was_found_in_the_kernels_stays_fixed(kernels_on_cpu: torch.device) -> None:
-    from conftest import KERNELS
-
-    if KERNELS == "ttsem":
-        pytest.skip("runs under the interpreter, in its process")
-    for name, case in FOUND_IN_KERNELS.items():
-        assert run.replay(case, "triton", kernels_on_cpu) is None, name
 
 
 @pytest.mark.slow
