@@ -47,7 +47,7 @@ def faults(problem: Problem, backend: str) -> tuple[list[str], Results, Results,
     found += _rows_not_asked_for(problem, got)
     over = _over_budget(problem, got, eager, truth)
     if over:
-        nearby = list(_nearby(problem))
+        nearby = list(_nearby(problem, truth))
         found += _over_budget(problem, got, eager, truth, nearby)
     return found, got, eager, truth
 
@@ -198,7 +198,7 @@ def _move_of_the_rest(problem: Problem, logits: Tensor, eps: float) -> Tensor:
     return unlisted * problem.arguments["temperature"] * (MOVE * eps / rest).clamp(max=1.0)
 
 
-def _nearby(problem: Problem) -> Iterator[Results]:
+def _nearby(problem: Problem, truth: Results) -> Iterator[Results]:
     """Truths of problems whose inputs lie a few roundings away."""
     wide = any(problem.arguments[name].dtype == torch.float64 for name in problem.leaves)
     eps = torch.finfo(torch.float64 if wide else torch.float32).eps
@@ -215,7 +215,10 @@ def _nearby(problem: Problem) -> Iterator[Results]:
         if not x.dim() or name in problem.storages or not x.isfinite().any():
             return x
         unit = eps * x[x.isfinite()].abs().max()
-        return (x / unit).round() * unit if unit > 0 else x
+        coarse = (x / unit).round() * unit if unit > 0 else x
+        if name == "old_log_probs" and "log_probs" in truth:  # a drift of 0, not a log-prob of 0
+            coarse = torch.where(coarse == 0, truth["log_probs"], coarse)
+        return coarse
 
     def move(name: str, x: Tensor) -> Tensor:
         if not x.dim() or name == "response_mask":
