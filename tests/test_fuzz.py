@@ -13,9 +13,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from drift_gate import cli, spans, torch_passes, torch_rows
+from drift_gate import cli, opd_loss, spans, torch_passes, torch_rows
 from drift_gate.fuzz import run, verdict
-from drift_gate.fuzz.functions import FUNCTIONS
+from drift_gate.fuzz.choices import Choices
+from drift_gate.fuzz.functions import FUNCTIONS, Function, opd
+from drift_gate.fuzz.options import Student, draw_student
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -214,6 +216,39 @@ def test_spans_are_compared_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spans, "_cut", lambda span, low, high: cut(span, low, high + 1))
     case = {"function": "newline_spans", "rows": 33, "min_length": 2, "max_length": 1}
     assert "differs from the reference" in _fails(case)
+
+
+def linear_student(choose: Choices) -> Student:
+    """Hidden states and a head in the logits' place: two inputs that get gradients."""
+    student = draw_student(choose)
+    generator = choose.generator
+    hidden = torch.randn(*student.shape.lead, 4, generator=generator).to(student.dtype)
+    weight = torch.randn(student.vocab, 4, generator=generator).to(student.dtype)
+    temperature = {"temperature": student.temperature}
+    return student._replace(
+        arguments={"hidden_states": hidden, "weight": weight, **temperature},
+        leaves=("hidden_states", "weight"),
+        storages={},
+        finite=(hidden @ weight.T).float(),
+    )
+
+
+@pytest.mark.parametrize("factor, passes", [(1.0, True), (1.01, False)])
+def test_a_new_function_is_one_registration(
+    monkeypatch: pytest.MonkeyPatch, factor: float, passes: bool
+) -> None:
+    def linear_opd_loss(hidden_states: Any, weight: Any, backend: str, **options: Any) -> Any:
+        if backend == "torch":
+            hidden_states = hidden_states * factor
+        return opd_loss(hidden_states @ weight.T, backend=backend, **options)
+
+    registered = Function(linear_opd_loss, opd, linear_student)
+    monkeypatch.setitem(FUNCTIONS, "linear_opd_loss", registered)
+    case = {"function": "linear_opd_loss", "rows": 5, "vocab": 17, "mask": "some"}
+    outcomes = [run.replay(case | {"seed": seed}, "torch", CPU) for seed in range(3)]
+    assert [outcome is None for outcome in outcomes] == [passes] * 3
+    if not passes:
+        assert "grad weight" in str(outcomes) and "grad hidden_states" in str(outcomes)
 
 
 # The command.

@@ -143,6 +143,20 @@ def test_a_drift_of_1e30(aggregate: str) -> None:
     assert result.loss.isfinite()
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("estimator", ["importance", "ppo", "k3"])
+def test_a_log_ratio_beyond_20_is_held_and_has_no_slope(estimator: str, backend: str) -> None:
+    problem = draw(1, 6, 9)
+    gap = torch.tensor([[25.0, -25.0, 0.1, 30.0, -30.0, -0.1]])
+    now, _ = dg.token_log_probs(problem.logits, problem.labels)
+    problem.old_log_probs = now + gap
+    problem.teacher_log_probs = now + gap if estimator == "k3" else now + gap - 1
+    result, grad = loss_and_grad(problem, backend, gate=None, estimator=estimator)
+    held = gap[0].abs() > 20
+    assert grad[0, held].eq(0).all() and result.loss.isfinite()
+    assert grad[0, ~held].abs().amax(-1).gt(0).all()
+
+
 def test_a_tail_without_mass_is_held_at_epsilon() -> None:
     problem = draw_topk(3, 4, k=4)  # the list is the vocabulary: nothing is left
     result, grad = loss_and_grad(problem, "torch", function=topk_loss, support="tail")

@@ -179,7 +179,7 @@ def _comparable(gradient: bool, truth: Tensor, scale: _Scale) -> Tensor:
         return torch.ones(truth.numel(), dtype=torch.bool, device=truth.device)
     rows = truth.reshape(-1, truth.shape[-1])
     sound = rows.isfinite().all(-1, keepdim=True) & (not scale.overflowed)
-    if scale.losses is not None and scale.losses.numel() == len(rows):
+    if scale.losses is not None and scale.losses.shape == truth.shape[:-1]:
         sound = sound & scale.losses.isfinite().reshape(-1, 1)
     return sound.expand(rows.shape).flatten()
 

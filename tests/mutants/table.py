@@ -56,7 +56,7 @@ PYTHON = [
     Mutant("slope through the clip", ROWS, "torch.where(clipped | dual, 0, slope)", "torch.where(dual, 0, slope)", OPD),
     Mutant("slope through the dual clip", ROWS, "torch.where(clipped | dual, 0, slope)", "torch.where(clipped, 0, slope)", OPD),
     Mutant("minimum for maximum", ROWS, "loss = torch.maximum(loss, held)", "loss = torch.minimum(loss, held)", OPD),
-    Mutant("slope beyond the clamp at 20", ROWS, "torch.where(log_ratio.abs() > 20, 0, loss)", "loss", OPD),
+    Mutant("slope beyond the clamp at 20", ROWS, "torch.where(log_ratio.abs() > 20, 0, loss)", "loss", OPD + " tests/test_limits.py"),
     Mutant("advantage's sign", ROWS, "advantage = teacher - old", "advantage = old - teacher", OPD),
     Mutant("advantage clip on one side", ROWS, "advantage.clamp(-advantage_clip, advantage_clip)", "advantage.clamp(max=advantage_clip)", OPD),
     Mutant("k2 doubled", ROWS, "0.5 * log_ratio.square(), log_ratio", "log_ratio.square(), log_ratio", OPD),
