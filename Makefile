@@ -8,7 +8,8 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n 2
 # Kernels are also compiled under these versions of Triton, beside the pinned one.
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: help test lint distill bench bench-core readme-table compile-check wheel-check clean
+.PHONY: help test lint distill fuzz sanitize mutants bench bench-core readme-table \
+	compile-check wheel-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1: \2/p' Makefile
@@ -23,6 +24,16 @@ lint: .venv/.installed  ## ruff and mypy
 
 distill: .venv/.installed  ## train a small student from a small teacher
 	$(BIN)/python -m drift_gate distill
+
+fuzz: .venv/.installed  ## random problems against the float64 reference, for ten minutes
+	$(BIN)/python -m drift_gate fuzz --minutes 10 --cases 1000000 --seed $$(date +%s)
+
+sanitize: .venv/.installed  ## every kernel with exact bounds, races and poisoned memory, two ways
+	DRIFT_GATE_KERNELS=ttsem $(PYTEST) tests/test_support.py tests/test_kernels_*.py
+	DRIFT_GATE_KERNELS=interpret $(PYTEST) tests/test_support.py tests/test_kernels_*.py
+
+mutants: .venv/.installed  ## plant small faults one by one: the tests must fail on each
+	$(BIN)/python -m tests.mutants.run
 
 bench: .venv/.installed  ## every pass and loss beside its peers; SUITES="scan opd_loss" for some
 	$(BIN)/python -m drift_gate bench $(SUITES)

@@ -115,7 +115,7 @@ def layout_of(name: str, x: Tensor, cu_seqlens: Tensor | None) -> Layout:
 
 def flat(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Row data as [N], detached and contiguous (a copy of at most N elements)."""
-    x = x.detach().reshape(-1)
+    x = x.detach().reshape(-1).contiguous()  # a column of a matrix is [N] as it is
     return x if dtype is None else x.to(dtype)
 
 

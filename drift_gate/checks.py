@@ -10,6 +10,7 @@ from torch import Tensor
 from .backends import has_triton
 from .bench import eager
 from .bench.measure import peak_bytes, quartiles, seconds
+from .budget import share_of_budget
 from .gate import DriftGate
 from .losses import opd_loss
 from .outputs import LossOutput
@@ -119,8 +120,8 @@ def check(problem: Problem, backend: str) -> Result:
     got, grad = _run(problem, logits.clone(), backend)
     same, same_grad = _run(problem, logits, "reference")
     truth, true_grad = _run(problem, logits.double(), "reference")
-    loss_error = share_of_budget(*map(_losses, (got, same, truth)))
-    grad_error = share_of_budget(grad, same_grad, true_grad)
+    loss_error = float(share_of_budget(_losses(got), _losses(same), _losses(truth)).max())
+    grad_error = float(share_of_budget(grad, same_grad, true_grad).max())
     del got, grad, same, same_grad, truth, true_grad
 
     work = logits.clone()
@@ -146,22 +147,6 @@ def check(problem: Problem, backend: str) -> Result:
     return Result(
         problem.name, logits.dtype, loss_error, grad_error, memory[0], ratio, quartiles(ratios)[1]
     )
-
-
-def share_of_budget(got: Tensor, baseline: Tensor, truth64: Tensor) -> float:
-    """Largest error of `got` as a fraction of what is allowed: over 1 fails, and NaN is infinite.
-
-    Allowed are twice the largest error of `baseline`, the eager result in the same dtype, plus
-    half a unit in the last place of each element, plus four float32 units of the largest value
-    for a baseline that happens to be exact.
-    """
-    info = torch.finfo(got.dtype)
-    truth = truth64.abs()
-    half_ulp = info.eps / 2 * truth.clamp(min=info.tiny)
-    eager_error = (baseline.double() - truth64).abs().max()
-    allowed = 2 * eager_error + half_ulp + 4 * torch.finfo(torch.float32).eps * truth.max()
-    error = (got.double() - truth64).abs()
-    return float((error / allowed).nan_to_num(nan=float("inf")).max())
 
 
 def _losses(out: LossOutput) -> Tensor:

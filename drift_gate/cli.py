@@ -1,5 +1,6 @@
 """Command line `drift-gate`; needs the extra `cli`."""
 
+import os
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -169,4 +170,66 @@ def bench(
     chosen = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = dict(device=chosen, grid=grid, budget=budget, rounds=rounds, out=out, plots=plots)
     if not command.run(suites or known, **options):
+        raise typer.Exit(1)
+
+
+@app.command()
+def fuzz(
+    cases: Annotated[int, typer.Option(help="Problems to run.")] = 10_000,
+    minutes: Annotated[float, typer.Option(help="Stop after so long.")] = 60.0,
+    seed: Seed = 0,
+    backend: Annotated[str | None, typer.Option(help="triton or torch.")] = None,
+    device: Device = None,
+    function: Annotated[
+        list[str] | None, typer.Option(help="Functions to run; all, if left out.")
+    ] = None,
+    interpret: Annotated[
+        bool, typer.Option("--interpret", help="Run Triton's kernels on the CPU, checked.")
+    ] = False,
+    replay: Annotated[Path | None, typer.Option(help="Run a saved case instead.")] = None,
+    out: Annotated[Path, typer.Option(help="Where a failing case is saved.")] = Path(
+        "fuzz-failure.json"
+    ),
+) -> None:
+    """Compare a backend with the float64 reference on random problems of every public function.
+
+    Stops at the first mismatch, shrinks it, saves it, and exits with 1.
+    """
+    try:
+        from .fuzz import command, functions
+    except ModuleNotFoundError as missing:
+        fail(f"fuzzing needs the package {missing.name}: pip install drift-gate[fuzz]")
+    if backend not in (None, "triton", "torch"):
+        fail(f"--backend must be triton or torch; got {backend!r}")
+    where = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    names = tuple(function or functions.FUNCTIONS)
+    unknown = [name for name in names if name not in functions.FUNCTIONS]
+    if unknown:
+        fail(f"--function must be one of {', '.join(functions.FUNCTIONS)}; got {unknown[0]!r}")
+    if cases < 1 or not minutes > 0:
+        fail(f"--cases and --minutes must be greater than 0; got {cases} and {minutes:g}")
+    interpret = interpret or os.environ.get("TRITON_INTERPRET") == "1"
+    if interpret and where.type == "cpu":
+        backend = backend or "triton"
+        refused = command.interpret()
+        if refused:
+            fail(refused)
+    case = None
+    if replay is not None:
+        try:
+            case = command.load(replay)
+        except (OSError, ValueError) as error:
+            fail(f"--replay: {error}")
+        backend = backend or case["backend"]
+    backend = backend or ("triton" if where.type == "cuda" else "torch")
+    if backend == "triton" and where.type == "cpu" and not interpret:
+        fail("--backend triton needs a CUDA device; --interpret runs the kernels on the CPU")
+    torch.set_num_threads(1)  # the problems are small, and choose their own threads
+    if case is not None:
+        passed = command.replay(case, backend, where)
+    else:
+        passed = command.fuzz(
+            backend, where, seed=seed, cases=cases, minutes=minutes, functions=names, out=out
+        )
+    if not passed:
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ from .gate import DriftGate
 from .head import Inputs, check_head
 from .head_divergence import head_divergence
 from .linear import eager_logits
-from .linear_step import settings_of, step
+from .linear_step import detached_tokens, settings_of, step
 from .outputs import LossOutput
 from .topk_lists import Direction, check_beta
 
@@ -149,4 +149,5 @@ def _reference(
         batch.valid, 1 / inputs.head.scale, 1 / theirs.head.scale, direction, beta,
     )  # fmt: skip
     shown = entropy.detach() if return_entropy else None
-    return reference.finish(batch, log_probs.detach(), shown, losses, loss_agg_mode, sizes)
+    result = reference.finish(batch, log_probs.detach(), shown, losses, loss_agg_mode, sizes)
+    return detached_tokens(batch, result)

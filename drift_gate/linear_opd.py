@@ -7,7 +7,7 @@ from .batch import finish, prepare
 from .gate import DriftGate
 from .head import check_head
 from .linear import eager_logits, scan_head
-from .linear_step import step
+from .linear_step import detached_tokens, step
 from .losses import check_old, check_options
 from .outputs import LossOutput
 
@@ -92,9 +92,10 @@ def linear_opd_loss(
         sizes = batch_num_tokens, dp_size, global_batch_size, loss_scale_factor
         batch = batch._replace(temperature=1 / inputs.head.scale)
         logits = eager_logits(inputs)
-        return reference.opd_loss(
+        result = reference.opd_loss(
             batch, logits, teacher, estimator, clips, loss_agg_mode, sizes, return_entropy
         )
+        return detached_tokens(batch, result)
     assert batch.ids is not None
     if batch.reduce.none:
         _, scanned, _, _, entropy = scan_head(

@@ -54,14 +54,21 @@ class Step:
 
     def attach(self, output: LossOutput) -> LossOutput:
         """The loss with its gradients; per-token losses are detached."""
-        loss, token_loss = output.loss.detach(), output.token_loss.detach()
+        loss = output.loss.detach()
         if any(_needs(self.inputs)):
             head = self.inputs.head
             dtype = self.factor.dtype
             loss = attach(
                 loss, self.inputs.hidden, head.weight, head.bias, self.sums, self.factor.to(dtype)
             )
-        return output._replace(loss=loss, token_loss=token_loss)
+        return output._replace(loss=loss, token_loss=output.token_loss.detach())
+
+
+def detached_tokens(batch: Batch, output: LossOutput) -> LossOutput:
+    """The same with per-token losses detached, unless they are the loss."""
+    if batch.reduce.none:
+        return output
+    return output._replace(token_loss=output.token_loss.detach())
 
 
 def settings_of(

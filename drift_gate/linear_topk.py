@@ -7,7 +7,7 @@ from .batch import Batch, prepare
 from .gate import DriftGate
 from .head import Inputs, check_head
 from .linear import eager_logits, scan_head
-from .linear_step import step
+from .linear_step import detached_tokens, step
 from .outputs import LossOutput
 from .sparse import head_gather
 from .topk_lists import (
@@ -103,16 +103,16 @@ def linear_topk_loss(
         sizes = batch_num_tokens, dp_size, global_batch_size, loss_scale_factor
         batch = batch._replace(temperature=1 / inputs.head.scale)
         logits = eager_logits(inputs)
-        return reference_topk.topk_loss(
+        result = reference_topk.topk_loss(
             batch, logits, lists, kind, loss_agg_mode, sizes, return_entropy, known
         )
-    if support == "renormalized":
+    elif support == "renormalized":
         result = _sparse(batch, inputs, lists, kind, known, return_entropy)
     elif batch.reduce.none:
         result = _anew(batch, inputs, lists, kind, known, return_entropy)
     else:
         result = _deferred(batch, inputs, lists, kind, known, return_entropy)
-    return result if batch.reduce.none else result._replace(token_loss=result.token_loss.detach())
+    return detached_tokens(batch, result)
 
 
 def _sparse(

@@ -106,7 +106,7 @@ def gather_lse(
 
     Returns:
         z_ids [..., K] and lse [...], float32 (float64 for float64 logits), both differentiable in
-        the logits.
+        the logits. A row with a NaN or +inf has lse NaN; one that is all -inf, -inf.
 
     Raises:
         ValueError, TypeError: as in `token_log_probs`; K exceeds V.

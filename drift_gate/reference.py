@@ -42,9 +42,12 @@ def scaled_logits(logits: Tensor, temperature: float) -> Tensor:
 
 
 def gather_lse(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """z[ids] [N, K] and logsumexp(z) [N] of logits [N, V]."""
+    """z[ids] [N, K] and logsumexp(z) [N] of logits [N, V]; NaN for a row with +inf."""
     z = scaled_logits(logits, temperature)
-    return z.gather(-1, ids.long()), z.logsumexp(-1)
+    top = z.detach().amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)  # apart: logsumexp's gradient loses its digits
+    lse = (z - top).logsumexp(-1) + top[:, 0]
+    return z.gather(-1, ids.long()), torch.where(lse == torch.inf, torch.nan, lse)
 
 
 def token_log_probs(
@@ -109,7 +112,7 @@ def unit_mean(a: Tensor, valid: Tensor, tau: float) -> Tensor:
     if not valid.any():
         return torch.zeros_like(a)
     g = torch.where(valid, torch.exp(-tau * (a - a[valid].min())), 0)
-    return g / (g.sum() / valid.sum())
+    return torch.where(valid, g / (g.sum() / valid.sum()), 0)
 
 
 def weights(a: Tensor, valid: Tensor, sequences: Slices, gate: DriftGate) -> Tensor:
@@ -262,7 +265,8 @@ def finish(
     valid, layout, gate = batch.valid, batch.layout, batch.gate
     old = log_probs if batch.old is None else torch.where(valid, batch.old, 0)
     if gate is None:
-        w, drift = valid.to(log_probs.dtype), old - log_probs
+        w = valid.to(log_probs.dtype)
+        drift = torch.zeros_like(w) if batch.old is None else old - log_probs
         metrics = gate_metrics(w, w, drift, valid)
     else:
         w, drift, _, metrics = gate_weights(log_probs, old, valid, layout, batch.spans, gate)

@@ -9,44 +9,27 @@ from torch import Tensor
 from .batch import Batch, Sizes
 from .outputs import LossOutput
 from .reference import finish, mean, scaled_logits
+from .reference_full import divergence
 from .topk_lists import Kind, Lists
 
 
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    """sum p log(p / q) of [N, K] masses, with 0 log 0 = 0."""
-    return torch.where(p > 0, p * (p.where(p > 0, 1).log() - q.where(p > 0, 1).log()), p).sum(-1)
-
-
-def divergence(p: Tensor, q: Tensor, direction: str, beta: float) -> Tensor:
-    """Of student masses p and teacher masses q, [N, K] each, to [N]."""
-    if direction == "reverse":
-        return kl(p, q)
-    if direction == "forward":
-        return kl(q, p)
-    m = beta * q + (1 - beta) * p
-    return beta * kl(q, m) + (1 - beta) * kl(p, m)
-
-
-def with_tail(p: Tensor) -> Tensor:
+def with_tail(log_p: Tensor) -> Tensor:
     """[N, K + 1]: a bucket with the rest of the mass, at least the dtype's epsilon."""
-    rest = (1 - p.sum(-1, keepdim=True)).clamp(min=torch.finfo(p.dtype).eps)
-    return torch.cat([p, rest], -1)
+    rest = 1 - log_p.exp().sum(-1, keepdim=True)
+    return torch.cat([log_p, rest.clamp(min=torch.finfo(log_p.dtype).eps).log()], -1)
 
 
 def supported(
-    z: Tensor, teacher: Tensor, present: Tensor, log_sum: Tensor | None, support: str
+    z: Tensor, log_p: Tensor, teacher: Tensor, present: Tensor, support: str
 ) -> tuple[Tensor, Tensor]:
-    """Student and teacher masses p and q on the support, 0 where a word is missing.
+    """log p and log q of student and teacher on the support, -inf where a word is missing.
 
-    z [N, K] are the student's listed logits, log_sum [N] their logsumexp over the vocabulary.
+    z and log_p [N, K] are the student's listed logits, and log-probs over the vocabulary.
     """
-    z = z.masked_fill(~present, -torch.inf)
-    teacher = teacher.masked_fill(~present, -torch.inf)
+    z, log_p, teacher = (x.masked_fill(~present, -torch.inf) for x in (z, log_p, teacher))
     if support == "renormalized":
-        return z.softmax(-1), teacher.softmax(-1)
-    assert log_sum is not None
-    p, q = (z - log_sum[:, None]).exp(), teacher.exp()
-    return (p, q) if support == "truncated" else (with_tail(p), with_tail(q))
+        return z.log_softmax(-1), teacher.log_softmax(-1)
+    return (log_p, teacher) if support == "truncated" else (with_tail(log_p), with_tail(teacher))
 
 
 def topk_loss(
@@ -68,12 +51,13 @@ def topk_loss(
     rows = logits.reshape(-1, logits.shape[-1])
     z = scaled_logits(torch.where(valid[:, None], rows, 0), batch.temperature)
     here = present & valid[:, None]
-    picked = z.gather(1, torch.where(here, words, 0).long())
     log_p = z.log_softmax(-1)
+    listed = torch.where(here, words, 0).long()
+    picked, log_p_k = z.gather(1, listed), log_p.gather(1, listed)
     # Rows without any entry are not valid; one entry keeps their softmax defined.
     safe = here | ~valid[:, None]
-    p, q = supported(picked, torch.where(here, teacher, 0), safe, z.logsumexp(-1), support)
-    loss = torch.where(valid, divergence(p, q, direction, beta), 0)
+    student, q = supported(picked, log_p_k, torch.where(here, teacher, 0), safe, support)
+    loss = torch.where(valid, divergence(student, q, direction, beta), 0)
 
     given = log_probs is not None
     if log_probs is None:
@@ -85,13 +69,15 @@ def topk_loss(
     log_probs = torch.where(valid, log_probs, 0)
     entropy = None
     if return_entropy:
-        terms = torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0)
+        p = log_p.exp()
+        terms = torch.where(p > 0, p * log_p, p)  # p log p -> 0; a NaN stays
         entropy = torch.where(valid, -terms.sum(-1), 0).detach()
     result = finish(batch, log_probs, entropy, loss, loss_agg_mode, sizes)
-    listed = log_p.gather(1, torch.where(here, words, 0).long()).exp().masked_fill(~here, 0)
+    masses = log_p_k.exp().masked_fill(~here, 0)
     if (batch.ids is not None and not given) or support != "renormalized" or return_entropy:
-        result.metrics["student_mass"] = mean(listed.sum(-1).detach(), valid)
+        result.metrics["student_mass"] = mean(masses.sum(-1).detach(), valid)
     result.metrics["teacher_mass"] = mean(teacher.exp().masked_fill(~here, 0).sum(-1), valid)
-    result.metrics["overlap"] = mean(torch.minimum(p, q).sum(-1).detach(), valid)
+    overlap = torch.minimum(student.exp(), q.exp()).sum(-1)
+    result.metrics["overlap"] = mean(overlap.detach(), valid)
     result.metrics["without_support"] = without
     return result

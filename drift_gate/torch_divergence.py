@@ -313,9 +313,18 @@ def _coefficients(
     own = row_factors(top, log_sum, upstream, active, 1.0)
     if direction == "forward":
         return *own, *row_factors(teacher_top, teacher_log_sum, upstream, active, 1.0)
-    # log p - log q - L = (a - b) - mean, with the difference of the logsumexps in the mean.
-    mean = wide(centre) + (wide(top) - wide(teacher_top)) + (log_sum - teacher_log_sum)
-    return *own, mean.to(top.dtype)[:, None]
+    # log p - log q - L = (a - b) - mean, with the difference of the logsumexps in the mean. Maxima
+    # that are large, and differ, leave a and b before that: a - b would lose digits.
+    mean = wide(centre) + (log_sum - teacher_log_sum)
+    shift, factor = own
+    teacher_shift = None
+    if shift is None:
+        mean = mean + wide(top)
+    if bool(((teacher_top.abs() <= SAFE_MAXIMUM) | ~active).all()):
+        mean = mean - wide(teacher_top)
+    else:
+        teacher_shift = teacher_top[:, None]
+    return shift, factor, teacher_shift, mean.to(top.dtype)[:, None]
 
 
 def _shifted_exp(z: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
@@ -329,14 +338,19 @@ def _reverse_slopes(
     careful: bool,
     shift: Tensor | None,
     factor: Tensor,
+    teacher_shift: Tensor | None,
     mean: Tensor,
 ) -> Tensor:
-    """p (a - b - mean)"""
+    """p (a - b - mean), of a and b less their shifts"""
+    if shift is not None:
+        a = torch.sub(a, shift, out=scratch[0])
+    if teacher_shift is not None:
+        b = torch.sub(b, teacher_shift, out=scratch[1])
     if careful:
         a = torch.clamp(a, min=LOWEST, out=scratch[0])
         b = torch.clamp(b, min=LOWEST, out=scratch[1])
     slope = torch.sub(a, b, out=scratch[1]).sub_(mean)
-    return slope.mul_(_shifted_exp(a, shift, scratch[0])).mul_(factor)
+    return slope.mul_(torch.exp(a, out=scratch[0])).mul_(factor)
 
 
 def _forward_slopes(

@@ -16,11 +16,13 @@ def wide(x: Tensor) -> Tensor:
 
 
 def sequence_numbers(n_rows: int, length: int, cu_seqlens: Tensor | None, x: Tensor) -> Tensor:
-    """Number of each row's sequence, [N] int64."""
+    """A number in [0, N) for each row's sequence, [N] int64: its first row."""
     rows = torch.arange(n_rows, device=x.device)
     if cu_seqlens is None:
-        return rows // max(length, 1)
-    return torch.searchsorted(cu_seqlens.long(), rows, right=True) - 1
+        length = max(length, 1)
+        return rows // length * length
+    borders = cu_seqlens.long()
+    return borders[torch.searchsorted(borders, rows, right=True) - 1]
 
 
 class Segments:
@@ -122,7 +124,7 @@ def row_blocks(
 def _unit_mean(a: Tensor, valid: Tensor, tau: float, groups: Segments | None) -> Tensor:
     """exp(-tau a) over its mean on the valid rows, of each group or of all."""
     if a.shape[0] == 0:
-        return a
+        return a.clone()  # an op's result must not be its input
     masked = torch.where(valid, a, torch.inf)
     count = valid.to(a.dtype)
     if groups is None:
@@ -224,7 +226,7 @@ def sampled_token(
     dtype = log_probs.dtype
     new = torch.where(valid, wide(log_probs), 0)
     old = new if old_log_probs is None else torch.where(valid, wide(old_log_probs), 0)
-    drift = old - new
+    drift = torch.zeros_like(new) if old_log_probs is None else old - new
     raw = torch.ones_like(new)
     weight = valid.to(new.dtype)
     if normalize != "off":

@@ -164,8 +164,10 @@ def _store_metrics(
     total = tl.sum(weight, 0)
     squares = tl.sum(square, 0)
     tl.store(metrics_out + 0, tl.sum(raw, 0) * over)
-    tl.store(metrics_out + 1, tl.where(n_valid > 0.0, tl.min(weight_min, 0), 0.0))
-    tl.store(metrics_out + 2, tl.max(weight_max, 0))
+    # Minima and maxima drop NaN, the sum keeps it.
+    lowest = tl.where(total == total, tl.min(weight_min, 0), total)
+    tl.store(metrics_out + 1, tl.where(n_valid > 0.0, lowest, 0.0))
+    tl.store(metrics_out + 2, tl.where(total == total, tl.max(weight_max, 0), total))
     tl.store(metrics_out + 3, tl.where(squares == 0.0, 0.0, total / squares * total * over))
     tl.store(metrics_out + 4, tl.sum(drift_abs, 0) * over)
     tl.store(metrics_out + 5, tl.sum(drift, 0) * over)
@@ -249,7 +251,9 @@ def _sampled_token(
             weight = tl.where(live, weight, 0.0)
             tl.store(rows_out + row, weight, mask=inside)
 
-            drift = tl.where(live, old - new, 0.0)
+            drift = tl.zeros([TILE], tl.float32)
+            if old_log_probs is not None:
+                drift = tl.where(live, old - new, 0.0)
             raw_sum += tl.where(live, raw, 0.0)
             weight_sum += weight
             square_sum += weight * weight
@@ -257,14 +261,15 @@ def _sampled_token(
             weight_max = tl.maximum(weight_max, weight)
             drift_sum += drift
             drift_abs += tl.abs(drift)
-            kl_sum += tl.minimum(tl.maximum(drift, -20.0), 20.0)
+            kl_sum += tl.clamp(drift, -20.0, 20.0, propagate_nan=tl.PropagateNan.ALL)
 
             if teacher_log_probs is not None:
                 teacher = tl.load(teacher_log_probs + row, mask=live, other=0.0)
                 value, slope, clipped = _position_loss(
                     new, old, teacher, ESTIMATOR, CLIP_LOW, CLIP_HIGH, CLIP_C, ADVANTAGE_CLIP
                 )
-                clipped_sum += (clipped & live).to(tl.float32)
+                # NaN, which `clipped` is where nothing is clipped, is not.
+                clipped_sum += (clipped & (value == value) & live).to(tl.float32)
                 value = tl.where(live, weight * value, 0.0)
                 slope = tl.where(live, weight * slope, 0.0)
                 coefficient = tl.where(live, factor, 0.0)

@@ -33,6 +33,12 @@ def _xlogy(x, y):
 
 
 @triton.jit
+def _smaller(x, y):
+    """The smaller of both; NaN stays."""
+    return tl.where((x < y) | (x != x), x, y)
+
+
+@triton.jit
 def _log_softmax(x, present):
     """log_softmax over the entries present in each row of x [ROWS, K]."""
     x = tl.where(present, x, -float("inf"))
@@ -101,7 +107,7 @@ def _topk_rows(
     value = tl.where(here, value, 0.0)
     g = tl.where(here, g, 0.0)
     loss = tl.sum(value, 1)
-    overlap = tl.sum(tl.where(p < q, p, q), 1)
+    overlap = tl.sum(_smaller(p, q), 1)
     if SUPPORT == "renormalized":
         slope = g - p * tl.sum(g, 1)[:, None]
     elif SUPPORT == "truncated":
@@ -115,7 +121,7 @@ def _topk_rows(
         q_tail = tl.where(rest_q < EPS, EPS, rest_q)
         tail, g_tail = _terms(tl.log(p_tail), tl.log(q_tail), p_tail, q_tail, BETA, DIRECTION)
         loss += tail
-        overlap += tl.where(p_tail < q_tail, p_tail, q_tail)
+        overlap += _smaller(p_tail, q_tail)
         slope = g
         if DIRECTION == "reverse":
             slope = g + p  # the constant counts where the bucket's mass is held at EPS

@@ -61,7 +61,7 @@ def _checked_kernels() -> AbstractContextManager[object]:
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if KERNELS == "interpret":
-        from support import interpreter
+        from drift_gate.fuzz import interpreter
 
         stack = ExitStack()
         stack.enter_context(interpreter.corrected())

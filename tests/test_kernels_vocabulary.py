@@ -238,7 +238,7 @@ def kernels_unchecked():
         return
     if KERNELS != "interpret":
         pytest.skip("runs on a GPU and in the interpreter (test_interpreted.py)")
-    from support.interpreter import corrected
+    from drift_gate.fuzz.interpreter import corrected
 
     with corrected():
         yield torch.device("cpu")

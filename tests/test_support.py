@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,11 +10,13 @@ pytest.importorskip("triton")
 
 from conftest import KERNELS
 from support import toy_kernels
-from support.bounds import Extents, KernelFault
 from support.compile_check import TARGETS, Report, check, report
 from support.launches import compile_only, record_launches
-from support.memory import nan_filled_memory, peak_bytes
-from support.numerics import assert_as_good_as
+from support.memory import peak_bytes
+
+from drift_gate.budget import assert_as_good_as
+from drift_gate.fuzz.bounds import Extents, KernelFault
+from drift_gate.fuzz.memory import nan_filled_memory
 
 compiles = pytest.mark.skipif(KERNELS == "interpret", reason="interpreted kernels do not compile")
 checked = pytest.mark.skipif(
@@ -89,6 +92,19 @@ def test_uninitialised_read_shows_as_nan(kernels_on_cpu: torch.device) -> None:
     x, out = torch.randn(20), torch.empty(20)
     toy_kernels.accumulate[(3,)](x, out, 20, BLOCK=8)
     assert out.isnan().all()
+
+
+@pytest.mark.skipif(KERNELS != "interpret", reason="the emulator would copy the memory")
+def test_an_offset_in_32_bits(kernels_on_cpu: torch.device) -> None:
+    """Rows 2^30 elements apart, in memory that is reserved and never touched."""
+    storage = torch.from_numpy(np.empty(2**31 + 64, dtype=np.float16))
+    x = storage.as_strided((3, 20), (2**30, 1))
+    x.fill_(1)
+    out = torch.empty(3)
+    toy_kernels.row_sum[(3,)](x, out, 20, x.stride(0), BLOCK=32)
+    assert out.tolist() == [20, 20, 20]
+    with pytest.raises(KernelFault, match=r"out-of-bounds (load|read)"):
+        toy_kernels.row_sum_in_32_bits[(3,)](x, out, 20, x.stride(0), BLOCK=32)
 
 
 def test_bfloat16_rounds_to_nearest_even(kernels_on_cpu: torch.device) -> None:

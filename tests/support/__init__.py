@@ -1,1 +1,1 @@
-"""Tools for checking Triton kernels with and without a GPU. Nothing here imports drift_gate."""
+"""Tools for checking Triton kernels with and without a GPU."""

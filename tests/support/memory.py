@@ -1,4 +1,4 @@
-"""Measure the memory that code uses, and make memory that nobody wrote visible."""
+"""Measure the memory that code uses."""
 
 from __future__ import annotations
 
@@ -45,21 +45,3 @@ def peak_bytes(device: torch.device | str = "cpu") -> Iterator[Memory]:
     ):
         memory.end += event.nbytes()
         memory.peak = max(memory.peak, memory.end)
-
-
-@contextmanager
-def nan_filled_memory() -> Iterator[None]:
-    """Fill what `torch.empty` and its kin return with NaN (integers: the largest value).
-
-    A result that was read before it was written, or never written, then shows as NaN.
-    """
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

@@ -17,8 +17,8 @@ from ttsem.memory import Memory, MemoryFault
 from ttsem.sanitize import KernelFault as TtsemFault
 from ttsem.sanitize import Session, Unjudged, session
 
-from .bounds import Extents, KernelFault
-from .memory import nan_filled_memory
+from drift_gate.fuzz.bounds import Extents, KernelFault
+from drift_gate.fuzz.memory import nan_filled_memory
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
     raise ImportError(f"ttsem needs Triton 3.7 or later, not {triton.__version__}")

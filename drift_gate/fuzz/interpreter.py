@@ -3,8 +3,6 @@
 Import only where TRITON_INTERPRET was set before the kernels were decorated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -84,7 +82,7 @@ class _CheckedAccess:
         return self._native.atomic_rmw(op, pointers, value, mask, sem)
 
     def atomic_cas(self, pointers: np.ndarray, *rest: Any) -> Any:
-        self._check("atomic", _ATOMIC, pointers, np.True_)
+        self._check("atomic", _ATOMIC, pointers, np.array(True))
         return self._native.atomic_cas(pointers, *rest)
 
     def _check(self, verb: str, kind: int, pointers: np.ndarray, mask: np.ndarray) -> None:

@@ -1,7 +1,5 @@
 """What a kernel launch may touch: the elements of its tensor arguments, and nothing between."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -1,0 +1,207 @@
+"""One problem, run forward and backward on a backend, in its own dtype or in float64."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import row_chunks
+from ..outputs import LossOutput
+from .choices import Choices, Pick
+from .functions import FUNCTIONS, Function
+from .options import Arguments
+from .shapes import VOCABS
+
+LOSS_SCALE = 1024.0  # as trainers in float16 scale, to keep gradients out of its subnormals
+LONGEST_LIST = 65  # kernels compile for the length of the lists
+Results = dict[str, Tensor]
+
+
+class Problem(NamedTuple):
+    """A function with all its arguments."""
+
+    name: str
+    choices: Choices
+    arguments: Arguments
+    leaves: tuple[str, ...]
+    storages: Mapping[str, Tensor]
+    valid: Tensor | None
+    upstream: str
+    machine: dict[str, Any]
+    """How the backend is set up: threads, chunks, tiles."""
+
+    @property
+    def function(self) -> Function:
+        return FUNCTIONS[self.name]
+
+    def saved(self) -> dict[str, Any]:
+        """What a file holds: enough to build the problem again."""
+        return {"function": self.name, **self.choices.taken}
+
+
+def build(name: str, pick: Pick, backend: str, device: torch.device) -> Problem:
+    """The problem of these choices."""
+    torch_backend, interpreted = backend == "torch", is_interpreted(backend, device)
+    choose = Choices(
+        pick,
+        device,
+        wide=torch_backend,
+        interpreted=interpreted,
+        longest=VOCABS[-1] if torch_backend else LONGEST_LIST,
+    )
+    function = FUNCTIONS[name]
+    machine = _draw_machine(choose, backend)
+    student = function.student(choose)
+    arguments, valid, storages = function.rest(choose, student)
+    upstream = choose("upstream", ("loss", "tokens", "both"))
+    return Problem(
+        name,
+        choose,
+        arguments,
+        student.leaves,
+        {**student.storages, **storages},
+        valid,
+        upstream,
+        machine,
+    )
+
+
+def is_interpreted(backend: str, device: torch.device) -> bool:
+    return backend == "triton" and device.type == "cpu"
+
+
+def _draw_machine(choose: Choices, backend: str) -> dict[str, Any]:
+    """Small chunks and tiles bring their borders into small problems."""
+    if backend == "torch":
+        words = choose("words per thread", (1 << 18, 64, 1))
+        return {"threads": choose("threads", (1, 1, 1, 1, 1, 1, 2, 3)), "words": words}
+    return {
+        "tiles": choose("tiles", ("as shipped", "small")),
+        "programs": choose("programs", (1, 9)),
+    }
+
+
+@contextlib.contextmanager
+def set_up(machine: Mapping[str, Any]) -> Iterator[None]:
+    """Threads, chunks and tiles as the problem has them."""
+    if "tiles" in machine:
+        from .tiles import small_tiles
+
+        with small_tiles(machine["programs"], small=machine["tiles"] == "small"):
+            yield
+        return
+    threads, words = torch.get_num_threads(), row_chunks.WORDS_PER_THREAD
+    torch.set_num_threads(machine["threads"])
+    row_chunks.WORDS_PER_THREAD = machine["words"]
+    try:
+        yield
+    finally:
+        row_chunks.WORDS_PER_THREAD = words
+        torch.set_num_threads(threads)
+
+
+def run_backend(problem: Problem, backend: str) -> tuple[Results, bool]:
+    """Results of a backend, and whether in place the gradient lies where the logits were."""
+    arguments = dict(problem.arguments)
+    inplace = arguments.get("inplace_backward", False)
+    leaves = {}
+    for name in problem.leaves:
+        leaf = arguments[name]
+        if inplace:
+            storage = problem.storages[name].clone()
+            leaf = storage.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
+        leaves[name] = arguments[name] = leaf.detach().requires_grad_()
+    if problem.function.reference is None:
+        arguments["backend"] = backend
+    with set_up(problem.machine):
+        results, gradients = _forward_backward(problem, problem.function.call, arguments, leaves)
+    in_place = True
+    if inplace and gradients:
+        (name,) = problem.leaves
+        in_place = gradients[f"grad {name}"].data_ptr() == leaves[name].data_ptr()
+        margin = _margin_bits(storage, leaves[name])
+        original = _margin_bits(problem.storages[name], problem.arguments[name])
+        in_place &= torch.equal(margin, original)
+    return results | gradients, in_place
+
+
+def _margin_bits(storage: Tensor, view: Tensor) -> Tensor:
+    """The storage with 0 in the view's elements, as integers."""
+    margin = storage.detach().clone()
+    margin.as_strided(view.shape, view.stride(), view.storage_offset()).zero_()
+    return bits(margin)
+
+
+def bits(x: Tensor) -> Tensor:
+    """A tensor that is equal where the bits are."""
+    if not x.is_floating_point():
+        return x
+    return (
+        x.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
+    )
+
+
+def run_reference(
+    problem: Problem, dtype: torch.dtype | None, change: Callable[[str, Tensor], Tensor]
+) -> Results:
+    """Results of the eager reference, in its own dtype or in float64 after a change of inputs."""
+    arguments = {}
+    for name, value in problem.arguments.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and dtype is not None:
+            value = change(name, value.to(dtype))
+        arguments[name] = value
+    leaves = {name: arguments[name].detach().requires_grad_() for name in problem.leaves}
+    arguments |= leaves
+    call = problem.function.reference
+    if call is None:
+        call, arguments["backend"] = problem.function.call, "reference"
+    results, gradients = _forward_backward(problem, call, arguments, leaves)
+    return results | gradients
+
+
+def _forward_backward(
+    problem: Problem, call: Callable[..., Any], arguments: Arguments, leaves: dict[str, Tensor]
+) -> tuple[Results, Results]:
+    results, objective = outputs_of(call(**arguments), problem.upstream, problem.choices)
+    if objective is None or not objective.requires_grad:
+        return results, {}
+    gradients = torch.autograd.grad(objective, list(leaves.values()))
+    return results, {f"grad {name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def outputs_of(out: Any, upstream: str, choices: Choices) -> tuple[Results, Tensor | None]:
+    """Outputs by name, detached, and a scalar that depends on all that are differentiable."""
+    named: dict[str, Any]
+    metrics: dict[str, Tensor] = {}
+    if isinstance(out, Tensor):
+        named = {"result": out}
+    elif hasattr(out, "_asdict"):
+        named = out._asdict()
+        metrics = named.pop("metrics")
+    else:
+        named = {str(i): x for i, x in enumerate(out)}
+    objective = None
+    if isinstance(out, LossOutput):
+        if upstream != "tokens":
+            objective = out.loss.sum() * LOSS_SCALE
+        if upstream != "loss":
+            tokens = _weighed(out.token_loss, choices) * LOSS_SCALE
+            objective = tokens if objective is None else objective + tokens
+    else:
+        carrying = [x for x in named.values() if x is not None and x.requires_grad]
+        first = {"loss": slice(1), "tokens": slice(1, None), "both": slice(None)}[upstream]
+        for x in carrying[first] or carrying:
+            share = _weighed(x, choices) * LOSS_SCALE
+            objective = share if objective is None else objective + share
+    results = {name: x.detach() for name, x in named.items() if x is not None}
+    return results | {f"metric {name}": x.detach() for name, x in metrics.items()}, objective
+
+
+def _weighed(x: Tensor, choices: Choices) -> Tensor:
+    """A sum with random weights, some of them 0, the same for every run."""
+    choices.generator.manual_seed(choices.taken.get("seed", 0) + x.numel())
+    weights = torch.randn(x.shape, generator=choices.generator)
+    weights[torch.rand(x.shape, generator=choices.generator) < 0.2] = 0
+    return (x * weights.to(x.device)).sum()

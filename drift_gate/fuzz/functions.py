@@ -1,0 +1,175 @@
+"""The public functions that are fuzzed. A new one is one `Function` in FUNCTIONS.
+
+A function's problem is its `student` (what carries the logits) and the `rest` of its arguments.
+Its reference is the function itself with backend="reference", unless it has one of its own.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import full_loss, gate_weights, gather_lse, newline_spans, opd_loss, token_log_probs
+from ..topk import topk_loss
+from . import without_logits
+from .choices import Choices
+from .options import Arguments, Asked, Rows, Student, draw_gated, draw_rows, draw_student, row_data
+from .shapes import place
+from .values import draw_dtype, draw_logits, draw_specials
+
+CLIPS = {
+    "verl's": (0.2, 0.2, 3.0, None),
+    "tight": (0.0, 0.0, 1.5, 0.5),
+    "loose": (0.9, 4.0, 20.0, 2.0),
+}
+
+
+class Function(NamedTuple):
+    call: Callable[..., Any]
+    rest: Callable[[Choices, Any], Asked]
+    student: Callable[[Choices], Any] = draw_student
+    reference: Callable[..., Any] | None = None
+    """Takes the same arguments; None: `call` with backend="reference"."""
+
+
+def opd(choose: Choices, student: Student) -> Asked:
+    rows = draw_rows(choose, student)
+    estimator = choose("estimator", ("ppo", "importance", "k1", "k2", "k3"))
+    ratio = estimator in ("ppo", "importance")
+    arguments = draw_gated(choose, student, rows, ungated=not ratio) | {"estimator": estimator}
+    if ratio:
+        low, high, c, bound = CLIPS[choose("clips", tuple(CLIPS))]
+        arguments |= {"clip_ratio_low": low, "clip_ratio_high": high, "clip_ratio_c": c}
+        arguments["advantage_clip"] = bound
+    teacher = rows.log_probs + torch.randn(rows.labels.shape, generator=choose.generator)
+    arguments["teacher_log_probs"] = row_data(
+        choose, "teacher_log_probs", teacher, rows, student.dtype
+    )
+    return Asked(arguments, rows.valid)
+
+
+def _labels_optional(choose: Choices, student: Student) -> tuple[Rows, Arguments]:
+    """Rows and shared arguments of the losses that need labels for the gate alone."""
+    rows = draw_rows(choose, student)
+    arguments = draw_gated(choose, student, rows, ungated=True)
+    if arguments["old_log_probs"] is None and choose.flag("no labels"):
+        mask = rows.arguments.get("response_mask")
+        valid = torch.ones_like(rows.valid) if mask is None else mask.cpu().bool()
+        arguments["labels"] = None
+        rows = rows._replace(valid=valid)
+    return rows, arguments
+
+
+def _direction(choose: Choices) -> Arguments:
+    direction = choose("direction", ("reverse", "forward", "jsd"))
+    return {"direction": direction, "beta": choose("beta", (0.5, 0.1, 0.9))}
+
+
+def topk(choose: Choices, student: Student) -> Asked:
+    rows, arguments = _labels_optional(choose, student)
+    words = student.vocab
+    supports = ("renormalized", "truncated", "tail")
+    support = choose("support", supports if words > 1 else supports[1:])
+    fewest = 2 if support == "renormalized" else 1
+    longest = min(words, choose.longest)
+    k = choose("k", tuple(k for k in (2, 1, 3, 8, 17, 33, longest) if fewest <= k <= longest))
+    noise = torch.randn(student.finite.shape, generator=choose.generator)
+    log_q, ids = (student.finite + noise).log_softmax(-1).topk(k)
+    log_q += choose("teacher share", (-0.01, -3.0, 0.0))
+    if support == "renormalized" and choose.flag("raw teacher logits"):
+        log_q += 50.0
+    twice = k > 1 and choose.flag("a word twice")
+    if twice:
+        ids[..., 1] = ids[..., 0]
+        arguments["validate"] = False
+    absent = torch.rand(ids.shape, generator=choose.generator) < 0.3
+    missing = choose("missing entries", ("none", "id -1", "-inf", "all of a row"))
+    if missing == "id -1":
+        ids[absent] = -1
+    elif missing == "-inf":
+        log_q[absent] = -torch.inf
+    elif missing == "all of a row" and ids.numel():
+        ids.view(-1, k)[len(ids.view(-1, k)) // 2] = -1
+    present = (ids >= 0) & (log_q > -torch.inf)
+    valid = rows.valid & present.any(-1)
+    if choose.flag("garbage in ignored lists"):
+        ids = torch.where(rows.valid[..., None], ids, 10**7)
+    arguments |= _direction(choose) | {"support": support}
+    arguments["teacher_topk_ids"] = (ids.int() if choose.flag("int32 ids") else ids).to(
+        choose.device
+    )
+    dtype = getattr(torch, choose("teacher dtype", ("float32", "bfloat16", "float64")))
+    arguments["teacher_topk_log_probs"] = log_q.to(dtype).to(choose.device)
+    return Asked(arguments, valid)
+
+
+def full(choose: Choices, student: Student) -> Asked:
+    rows, arguments = _labels_optional(choose, student)
+    *lead, words = student.finite.shape
+    shared = words
+    teacher_words = words
+    if choose.flag("vocab_size"):
+        shared = max(words - choose("padding words", (1, 0, 9)), 1)
+        teacher_words = shared + choose("teacher padding words", (0, 1, 17))
+        arguments["vocab_size"] = shared
+    if arguments["labels"] is not None:  # sampled among all words
+        labels = arguments["labels"]
+        beyond = (labels >= shared) & rows.valid.to(labels.device)
+        arguments["labels"] = torch.where(beyond, 0, labels)
+        if arguments["ignore_index"] == 0:
+            rows = rows._replace(valid=rows.valid & ~beyond.cpu())
+    kind = choose("teacher", ("near", "equal", "far", "other"))
+    teacher = torch.zeros(*lead, teacher_words)
+    teacher[..., :shared] = student.finite[..., :shared]
+    size = {"near": 0.5, "equal": 0.0, "far": 10.0, "other": 1.0}[kind]
+    teacher += size * torch.randn(teacher.shape, generator=choose.generator)
+    if kind == "other":
+        teacher = draw_logits(choose, "teacher logits", *lead, teacher_words)
+    dtype = draw_dtype(choose, "teacher dtype")
+    teacher = draw_specials(choose, "teacher special", teacher.to(dtype).float())
+    view, storage = place(choose, "teacher", teacher, dtype)
+    arguments |= _direction(choose) | {"teacher_logits": view}
+    arguments["teacher_temperature"] = choose("teacher temperature", (None, 1.0, 0.5, 3.0))
+    return Asked(arguments, rows.valid, {"teacher_logits": storage})
+
+
+def log_probs(choose: Choices, student: Student) -> Asked:
+    rows = draw_rows(choose, student, masked=False)
+    arguments = student.arguments | rows.arguments
+    arguments["return_entropy"] = choose.flag("return_entropy")
+    arguments["inplace_backward"] = choose.flag("inplace_backward")
+    return Asked(arguments, rows.valid)
+
+
+def lse(choose: Choices, student: Student) -> Asked:
+    words = student.vocab
+    longest = min(words, choose.longest)
+    k = choose("k", tuple(k for k in (1, 2, 5, 17, 65, longest) if k <= longest))
+    ids = torch.randint(words, (*student.shape.lead, k), generator=choose.generator)
+    ids = ids.int() if choose.flag("int32 ids") else ids
+    return Asked(student.arguments | {"ids": ids.to(choose.device)}, None)
+
+
+def _unpacked(choose: Choices) -> Student:
+    return draw_student(choose, ("flat", "padded"))
+
+
+FUNCTIONS: dict[str, Function] = {
+    "opd_loss": Function(opd_loss, opd),
+    "topk_loss": Function(topk_loss, topk),
+    "full_loss": Function(full_loss, full),
+    "token_log_probs": Function(token_log_probs, log_probs, _unpacked),
+    "gather_lse": Function(gather_lse, lse, _unpacked),
+    "gate_weights": Function(
+        gate_weights,
+        without_logits.gate_rest,
+        without_logits.draw_positions,
+        without_logits.reference_gate_weights,
+    ),
+    "newline_spans": Function(
+        newline_spans,
+        without_logits.spans_rest,
+        without_logits.draw_positions,
+        without_logits.reference_newline_spans,
+    ),
+}

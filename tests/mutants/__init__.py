@@ -1,0 +1,1 @@
+"""Small faults, planted one by one, that the tests must see: `make mutants`."""

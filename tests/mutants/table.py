@@ -1,0 +1,144 @@
+"""The faults: a name, a file, the text that is replaced, and the tests that must see it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str  # stands in the file once, or `nth` says which
+    new: str
+    tests: str  # arguments of pytest
+    nth: int = 0
+    interpreted: bool = False  # kernels: the tests run in Triton's interpreter
+
+
+GATE = "tests/test_gate.py tests/test_fuzz.py"
+OPD = "tests/test_opd_loss.py tests/test_reference.py tests/test_fuzz.py"
+PASSES = "tests/test_opd_loss.py tests/test_reference.py tests/test_fuzz.py tests/test_ops.py"
+TOPK = "tests/test_topk_loss.py tests/test_fuzz.py"
+FULL = "tests/test_full_loss.py tests/test_fuzz.py"
+SPANS = "tests/test_spans.py"
+ARGUMENTS = "tests/test_arguments.py tests/test_fuzz.py"
+K_SCAN = "tests/test_kernels_vocabulary.py"
+K_ROWS = "tests/test_kernels_opd.py tests/test_kernels_fuzz.py"
+K_TOPK = "tests/test_kernels_topk.py tests/test_kernels_fuzz.py"
+K_FULL = "tests/test_kernels_divergence.py tests/test_kernels_fuzz.py"
+
+ROWS = "drift_gate/torch_rows.py"
+PASS = "drift_gate/torch_passes.py"
+DIVERGENCE = "drift_gate/torch_divergence.py"
+TORCH_TOPK = "drift_gate/torch_topk.py"
+
+PYTHON = [
+    # gate
+    Mutant("unit mean over all rows", ROWS, "g.sum() / count.sum()", "g.mean() / 1.0 #", GATE),
+    Mutant("max not shifted", ROWS, "-tau * (a - masked.min())", "-tau * a", GATE),
+    Mutant("sequence mean over the batch", ROWS, 'groups.reduce(g, "sum")', "g.sum()", GATE),
+    Mutant("sign of tau", ROWS, "torch.exp(-tau * a), 0)\n        weight", "torch.exp(tau * a), 0)\n        weight", GATE),
+    Mutant("drift has the other sign", ROWS, "wide(old_log_probs) - wide(log_probs), 0", "wide(log_probs) - wide(old_log_probs), 0", GATE),
+    Mutant("absolute value forgotten", ROWS, "/ count).abs()", "/ count)", GATE),
+    Mutant("mean_abs without abs", ROWS, 'blocks.reduce(drift.abs(), "sum")', 'blocks.reduce(drift, "sum")', GATE),
+    Mutant("rms without root", ROWS, '/ count).sqrt()', "/ count)", GATE),
+    Mutant("rms not in units of the largest", ROWS, "(drift / unit).square()", "drift.square()", GATE),
+    Mutant("block border off by one", ROWS, "(rows - first) // block_size", "(rows - first + 1) // block_size", GATE),
+    Mutant("blocks from the sequence's start", ROWS, "(rows - first) // block_size", "rows // block_size", GATE),
+    Mutant("blocks cross sequences", ROWS, "(s[1:] != s[:-1]) | (i[1:] != i[:-1])", "i[1:] != i[:-1]", GATE),
+    Mutant("masked rows counted", ROWS, 'blocks.reduce(valid.to(drift.dtype), "sum")', 'blocks.reduce(torch.ones_like(drift), "sum")', GATE),
+    Mutant("sequences numbered, not by first row", ROWS, "borders[torch.searchsorted(borders, rows, right=True) - 1]", "torch.searchsorted(borders, rows, right=True) - 1", GATE),
+    Mutant("weights of invalid rows", ROWS, "return torch.where(valid, g / mean, 0)", "return g / mean + (~valid) * 1e-3", GATE),
+    Mutant("gate_ess over all rows", ROWS, "total / square * total * over", "total / square * total / len(weight)", GATE),
+    # position losses
+    Mutant("clip bounds swapped", ROWS, "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_high, 1 + clip_low)", OPD),
+    Mutant("dual clip for gains", ROWS, "(advantage < 0) & (loss > ceiling)", "loss > ceiling", OPD),
+    Mutant("slope through the clip", ROWS, "torch.where(clipped | dual, 0, slope)", "torch.where(dual, 0, slope)", OPD),
+    Mutant("slope through the dual clip", ROWS, "torch.where(clipped | dual, 0, slope)", "torch.where(clipped, 0, slope)", OPD),
+    Mutant("minimum for maximum", ROWS, "loss = torch.maximum(loss, held)", "loss = torch.minimum(loss, held)", OPD),
+    Mutant("slope beyond the clamp at 20", ROWS, "torch.where(log_ratio.abs() > 20, 0, loss)", "loss", OPD + " tests/test_limits.py"),
+    Mutant("advantage's sign", ROWS, "advantage = teacher - old", "advantage = old - teacher", OPD),
+    Mutant("advantage clip on one side", ROWS, "advantage.clamp(-advantage_clip, advantage_clip)", "advantage.clamp(max=advantage_clip)", OPD),
+    Mutant("k2 doubled", ROWS, "0.5 * log_ratio.square(), log_ratio", "log_ratio.square(), log_ratio", OPD),
+    Mutant("k3's slope's sign", ROWS, "(loss > 10), 0, -growth)", "(loss > 10), 0, growth)", OPD),
+    Mutant("k3 not clamped", ROWS, "loss.clamp(max=10), slope", "loss, slope", OPD),
+    Mutant("token mean over all rows", ROWS, "coefficient / valid.sum().clamp(min=1)", "coefficient / len(valid)", OPD),
+    Mutant("sequences that have no row counted", ROWS, "out[3] = valid & (rows == first)", "out[3] = rows == sequence", OPD),
+    Mutant("weight twice in the slope", ROWS, "slope = torch.where(valid, weight * slope, 0)", "slope = torch.where(valid, weight * weight * slope, 0)", OPD),
+    Mutant("ppo_kl not clamped", ROWS, "drift.clamp(-20, 20).sum() * over", "drift.sum() * over", OPD),
+    Mutant("gate not detached", "drift_gate/rows.py", "grad = slope * coefficient * grad_loss", "grad = (slope + 0.01) * coefficient * grad_loss", OPD),
+    Mutant("per-token gradient dropped", "drift_gate/rows.py", "grad = through_token if grad is None else grad + through_token", "grad = through_token if grad is None else grad", OPD),
+    # vocabulary passes
+    Mutant("temperature applied twice", PASS, "return torch.stack((maximum, total, total))\n    z = torch.sub", "return torch.stack((maximum * scale, total, total))\n    z = torch.sub", PASSES),
+    Mutant("chunk border off by one", PASS, "slice(first, last + 1) if", "slice(first, last) if", PASSES),
+    Mutant("mask dropped in scan", PASS, "_sequences((logits.detach(),), (valid,))", "_sequences((logits.detach(),), (None,))", PASSES),
+    Mutant("alpha and beta swapped", PASS, "a * p + beta)", "beta * p + a)", PASSES),
+    Mutant("duplicates not summed", PASS, "beta = _sum_duplicates(ids, beta)", "pass", "tests/test_topk_loss.py tests/test_fuzz.py tests/test_ops.py"),
+    Mutant("scale missing in the gradient", PASS, "torch.where(a == 0, beta, value).mul_(scale)", "torch.where(a == 0, beta, value)", PASSES),
+    Mutant("rows without gradient not zeroed", PASS, "tasks += [(x, y, rows, None, None) for rows in _chunks(off, len(x), size)]", "pass", PASSES),
+    Mutant("ids of invalid rows written", PASS, "(listed if valid is None else listed & valid[:, None])", "(listed)", PASSES),
+    Mutant("entropy's sign", PASS, "total.log().sub_(mean)", "total.log().add_(mean)", PASSES),
+    Mutant("unshifted beyond what is safe", PASS, "SAFE_MAXIMUM = 60.0", "SAFE_MAXIMUM = 1e9", PASSES),
+    Mutant("lse's gradient dropped", "drift_gate/vocabulary.py", "alpha = through_sum if alpha is None else alpha + through_sum", "alpha = through_sum", PASSES),
+    # top K and full
+    Mutant("teacher and student swapped in the mixture", TORCH_TOPK, "(beta * q + (1 - beta) * p).log()", "(beta * p + (1 - beta) * q).log()", TOPK),
+    Mutant("renormalised slope without its mean", TORCH_TOPK, "slope = g - p * g.sum(-1, keepdim=True)", "slope = g", TOPK),
+    Mutant("the tail's slope dropped", TORCH_TOPK, "torch.where(rest < eps, 0, g_tail / p_tail)", "torch.where(rest < eps, 0, 0 * p_tail)", TOPK),
+    Mutant("missing entries present", "drift_gate/topk_rows.py", "(ids != MISSING) & (teacher != -torch.inf)", "(ids != MISSING)", TOPK),
+    Mutant("reverse is forward", DIVERGENCE, 'rows = _kl_statistics(rows, direction == "reverse")', 'rows = _kl_statistics(rows, direction == "forward")', FULL),
+    Mutant("jsd's weights swapped", DIVERGENCE, "loss = (1 - beta) * centre + beta *", "loss = beta * centre + (1 - beta) *", FULL),
+    Mutant("jsd's gradient not weighed", DIVERGENCE, "factor = upstream * (1 - beta)", "factor = upstream", FULL),
+    Mutant("the centre forgotten", DIVERGENCE, "scratch[3])).sub_(centre)", "scratch[3]))", FULL),
+    Mutant("maxima not shifted in reverse", DIVERGENCE, "(teacher_top.abs() <= SAFE_MAXIMUM) | ~active", "(teacher_top.abs() <= 1e9) | ~active", FULL),
+    Mutant("padding words keep what was there", DIVERGENCE, "out.detach()[..., vocab:].zero_()", "pass", FULL),
+    # arguments, reduction and spans
+    Mutant("dp_size ignored", "drift_gate/reduction.py", "factor, divisor = float(dp_size), None", "factor, divisor = 1.0, None", OPD),
+    Mutant("loss_scale_factor ignored", "drift_gate/reduction.py", "layout.length if loss_scale_factor is None else loss_scale_factor", "layout.length", OPD),
+    Mutant("row data left strided", "drift_gate/arguments.py", ".reshape(-1).contiguous()", ".reshape(-1)", ARGUMENTS + " tests/test_limits.py"),
+    Mutant("short rest kept", "drift_gate/spans.py", "if rest and joined:", "if rest > min_length and joined:", SPANS),
+    Mutant("pieces not evened out", "drift_gate/spans.py", "if pieces and rest < min_length:", "if False:", SPANS),
+    Mutant("block numbers from 1", "drift_gate/weighting.py", "number = begins.cumsum(0) - 1", "number = begins.cumsum(0)", GATE),
+]  # fmt: skip
+
+
+def _kernel(name: str, file: str, old: str, new: str, tests: str, nth: int = 0) -> Mutant:
+    return Mutant(f"kernel: {name}", f"kernels/{file}.py", old, new, tests, nth, True)
+
+
+KERNELS = [
+    _kernel("sum not rescaled", "scan", "total = total * carry + tl.sum(weight, 1)", "total = total + tl.sum(weight, 1)", K_SCAN),
+    _kernel("lanes not rescaled", "scan", "tl.sum(total * carry, 0)", "tl.sum(total, 0)", K_SCAN),
+    _kernel("tail mask off by one", "scan", "inside = lane < vocab + shift - full * TILE", "inside = lane <= vocab + shift - full * TILE", K_SCAN),
+    _kernel("first tile's mask dropped", "scan", "inside = (lane >= shift) & (lane < vocab + shift)", "inside = lane < vocab + shift", K_SCAN),
+    _kernel("label's bound dropped", "scan", "(column >= 0) & (column < vocab) & live", "live", K_SCAN),
+    _kernel("a split's last tile dropped", "scan", "last = tl.minimum(first + share, tiles)", "last = tl.minimum(first + share, tiles - 1)", K_SCAN),
+    _kernel("invalid rows are read", "scan", "last = tl.where(live, last, first)", "", K_SCAN),
+    _kernel("batch stride for rows", "scan", "(row % length) * stride_row", "(row % length) * stride_batch", K_SCAN),
+    _kernel("max of an empty lane", "scan", 'shift = tl.where(new == -float("inf"), 0.0, new)', "shift = new", K_SCAN),
+    _kernel("scale missing in the gradient", "expand", "tl.where(alpha == 0.0, b, g) * scale", "tl.where(alpha == 0.0, b, g)", K_SCAN),
+    _kernel("alpha's sign", "expand", "g = (alpha * scale) * tl.exp2", "g = (-alpha * scale) * tl.exp2", K_SCAN),
+    _kernel("target a column late", "expand", "is_target = start + lane == target_column", "is_target = start + lane == target_column + 1", K_SCAN),
+    _kernel("writes beyond the row", "expand", "mask = (start + lane >= shift) & (start + lane < vocab + shift)", "mask = start + lane < vocab + shift", K_SCAN),
+    _kernel("duplicates get one beta", "expand", "same = column[:, None] == peer[None, :]", "same = k[:, None] == j[None, :]", K_SCAN),
+    _kernel("expm1 of another point", "common", "y = 1.0 + x * y * (1.0 / 2.0)", "y = 1.0 + x * y * (1.0 / 3.0)", K_SCAN),
+    _kernel("block border off by one", "blocks", "(row - first) // block_size * block_size", "(row - first + 1) // block_size * block_size", K_ROWS),
+    _kernel("spans cross ids", "blocks", "member &= tl.load(span_ids + j", "member |= tl.load(span_ids + j", K_ROWS),
+    _kernel("NaN drift dropped", "blocks", 'tl.where(nans > 0, float("nan"), result)', "result", K_ROWS),
+    _kernel("rms of large drifts", "blocks", "unit = tl.where((largest > 0.0) & (largest < float(\"inf\")), largest, 1.0)", "unit = tl.where(largest > 0.0, 1.0, 1.0)", K_ROWS),
+    _kernel("drift not shifted", "sampled_token", "weight = tl.exp(-tau * (a - shift)) / mean", "weight = tl.exp(-tau * a) / mean", K_ROWS),
+    _kernel("mean over all rows", "sampled_token", "tl.sum(total, 0) / tl.maximum(tl.sum(count, 0), 1.0)", "tl.sum(total, 0) / (hi - lo)", K_ROWS),
+    _kernel("dual clip dropped", "sampled_token", "loss = tl.where(dual, ceiling, loss)", "", K_ROWS),
+    _kernel("slope through the clip", "sampled_token", "slope = tl.where(clipped, 0.0, slope)", "", K_ROWS),
+    _kernel("slope not weighed", "sampled_token", "slope = tl.where(live, weight * slope, 0.0)", "slope = tl.where(live, slope, 0.0)", K_ROWS),
+    _kernel("NaN metrics dropped", "sampled_token", "lowest = tl.where(total == total, tl.min(weight_min, 0), total)", "lowest = tl.min(weight_min, 0)", K_ROWS),
+    _kernel("absent words counted", "topk", "g = tl.where(here, g, 0.0)", "", K_TOPK),
+    _kernel("the tail's floor", "topk", "tl.where(rest < EPS, EPS, rest)", "rest", K_TOPK + " tests/test_limits.py"),
+    _kernel("beta swapped", "topk", "tl.log(BETA * q + (1.0 - BETA) * p)", "tl.log(BETA * p + (1.0 - BETA) * q)", K_TOPK + " -k 'not raw'"),
+    _kernel("cross moment not moved", "divergence", "cross = (cross + total * moved) * carry", "cross = cross * carry", K_FULL),
+    _kernel("infinity forgotten", "divergence", "(infinite > 0.0) & (loss == loss)", "(infinite > 9.0) & (loss == loss)", K_FULL),
+    _kernel("jsd's centre is its loss", "divergence", "tl.where(live, centre, 0.0)", "tl.where(live, loss, 0.0)", K_FULL),
+    _kernel("student's padding unwritten", "divergence_grad", "(start + lane < words + shift)", "(start + lane < vocab + shift)", K_FULL),
+    _kernel("centre forgotten", "divergence_grad", "(log_p - log_q - centre)", "(log_p - log_q)", K_FULL),
+]  # fmt: skip
+
+MUTANTS = [*PYTHON, *KERNELS]

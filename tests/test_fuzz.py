@@ -1,0 +1,301 @@
+"""`drift-gate fuzz`: what it found stays fixed, what is planted is found, a short run passes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from drift_gate import cli, opd_loss, spans, torch_passes, torch_rows
+from drift_gate.fuzz import run, verdict
+from drift_gate.fuzz.choices import Choices
+from drift_gate.fuzz.functions import FUNCTIONS, Function, opd
+from drift_gate.fuzz.options import Student, draw_student
+
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+
+# Shrunk cases, by what they once showed.
+FOUND = {
+    "more sequences than rows, of which most are empty": {
+        "function": "gate_weights",
+        "batch": "packed",
+        "sequences": 70,
+    },
+    "float64 gate weights without rows": {
+        "function": "gate_weights",
+        "rows": 0,
+        "dtype": "float64",
+    },
+    "reverse KL lost the digits of logits 1e4 apart": {
+        "function": "full_loss",
+        "rows": 5,
+        "vocab": 15,
+        "seed": 51721,
+        "logits": "negative offset",
+        "no gate": True,
+        "teacher": "other",
+    },
+    "drift without old log-probs of a row that is NaN": {
+        "function": "opd_loss",
+        "special": "-inf row",
+        "estimator": "k1",
+        "no gate": True,
+        "no old log-probs": True,
+    },
+    "a forward divergence of words that float64 masses lose": {
+        "function": "topk_loss",
+        "vocab": 9,
+        "seed": 12725,
+        "logits": "certain",
+        "temperature": 0.05,
+        "no gate": True,
+        "direction": "forward",
+    },
+    "the reference hid a +inf": {
+        "function": "topk_loss",
+        "vocab": 8,
+        "special": "+inf",
+        "return_entropy": True,
+        "support": "truncated",
+    },
+    "top K of no rows": {"function": "topk_loss", "rows": 0},
+    "logsumexp of a row with +inf": {"function": "gather_lse", "vocab": 3, "special": "+inf"},
+    "gates of rows that are not valid beside a NaN": {
+        "function": "opd_loss",
+        "rows": 5,
+        "vocab": 17,
+        "special": "-inf row",
+        "mask": "a hole",
+    },
+}
+
+
+def command(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, ["fuzz", *arguments], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("case", FOUND.values(), ids=FOUND.keys())
+def test_what_was_found_stays_fixed(case: dict[str, Any]) -> None:
+    assert run.replay(case, "torch", CPU) is None
+
+
+@pytest.mark.slow
+def test_a_short_run_passes() -> None:
+    """Every function and most options, in some ten seconds."""
+    tally = run.fuzz("torch", CPU, seed=0, cases=300)
+    assert tally.failure is None, json.dumps(tally.failure, indent=2)
+    assert tally.cases == 300 and set(tally.functions) == set(FUNCTIONS)
+    assert list(tally.bias.faults()) == []
+    taken, offered = tally.coverage()
+    assert taken > 0.7 * offered
+
+
+def test_a_fault_is_found_shrunk_saved_and_replayed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def forgetful(*arguments: Any) -> Any:  # the last word is not in the sum
+        logits, ids, *rest = arguments
+        last = logits.shape[-1] - 1
+        return scan(logits if (ids == last).any() else logits[..., :last], ids, *rest)
+
+    scan = torch_passes.scan
+    monkeypatch.setattr(torch_passes, "scan", forgetful)
+    saved = tmp_path / "case.json"
+    options = ("--function", "token_log_probs", "--cases", "400", "--out", str(saved))
+    done = command(*options)
+    assert done.exit_code == 1, done.output
+    problem = json.loads(saved.read_text())["problem"]
+    assert problem["function"] == "token_log_probs"
+    assert len(problem) < 8  # shrunk: most choices are the simplest
+    again = command("--replay", str(saved))
+    assert again.exit_code == 1 and "the reference has" in again.output
+    monkeypatch.undo()
+    assert command("--replay", str(saved)).exit_code == 0
+
+
+def _truncate(x: torch.Tensor) -> torch.Tensor:
+    bits = x.float().view(torch.int32) & ~0xFFFF
+    return bits.view(torch.float32)
+
+
+def test_truncation_is_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the budget of each case, and yet always towards zero."""
+
+    def store(x: torch.Tensor, rows: Any, values: torch.Tensor, factor: torch.Tensor) -> None:
+        values = values.mul_(factor)
+        if x.dtype == torch.bfloat16:
+            values = _truncate(values)
+        x[rows] = values.to(x.dtype)
+
+    monkeypatch.setattr(torch_passes, "_store", store)
+    bias = _bias_of_gradients()
+    assert any("towards zero" in fault for fault in bias.faults())
+
+
+def test_rounding_is_no_bias() -> None:
+    bias = _bias_of_gradients()
+    assert list(bias.faults()) == []
+
+
+def _bias_of_gradients() -> run.Bias:
+    bias = run.Bias()
+    case = {"rows": 5, "dtype": "bfloat16", "vocab": 128, "upstream": "tokens"}
+    for seed in range(40):
+        problem = run.build("gather_lse", run.recorded(case | {"seed": seed}), "torch", CPU)
+        _, *results = verdict.faults(problem, "torch")
+        bias.add(problem.name, *results)
+    return bias
+
+
+# Faults of kinds that comparing values does not see.
+
+
+def _fails(case: dict[str, Any]) -> str:
+    wrong = run.replay(case, "torch", CPU)
+    assert wrong is not None
+    return wrong
+
+
+def test_a_modified_input_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(*arguments: Any) -> Any:
+        result = scan(*arguments)
+        arguments[0].detach().view(-1)[0] += 0.001
+        return result
+
+    scan = torch_passes.scan
+    monkeypatch.setattr(torch_passes, "scan", spoil)
+    assert "input logits was modified" in _fails({"function": "token_log_probs", "vocab": 3})
+
+
+def test_other_bits_in_a_second_run_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drifting(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        gathered, log_probs, *rest = scan(*arguments)
+        return gathered, log_probs * (1 + calls * 1e-7), *rest
+
+    calls, scan = 0, torch_passes.scan
+    monkeypatch.setattr(torch_passes, "scan", drifting)
+    assert "other bits in a second run" in _fails({"function": "token_log_probs", "vocab": 3})
+
+
+def test_a_row_that_was_not_asked_for_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overeager(*arguments: Any) -> Any:
+        loss, rows, metrics = sampled(*arguments)
+        rows[0] += 1e-30
+        return loss, rows, metrics
+
+    sampled = torch_rows.sampled_token
+    monkeypatch.setattr(torch_rows, "sampled_token", overeager)
+    case = {"function": "opd_loss", "rows": 3, "vocab": 3, "mask": "a hole"}
+    assert "gate: not 0 in a row that is not valid" in _fails(case)
+
+
+def test_a_gradient_beside_the_logits_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wild(*arguments: Any) -> None:
+        expand(*arguments)
+        out = arguments[-1]
+        out.as_strided((1,), (1,), out.storage_offset() + out.shape[-1]).fill_(7)
+
+    expand = torch_passes.expand
+    monkeypatch.setattr(torch_passes, "expand", wild)
+    case = {"function": "opd_loss", "logits layout": "wide rows", "vocab": 3}
+    assert "memory around it changed" in _fails(case | {"inplace_backward": True})
+
+
+def test_spans_are_compared_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = spans._cut
+    monkeypatch.setattr(spans, "_cut", lambda span, low, high: cut(span, low, high + 1))
+    case = {"function": "newline_spans", "rows": 33, "min_length": 2, "max_length": 1}
+    assert "differs from the reference" in _fails(case)
+
+
+def linear_student(choose: Choices) -> Student:
+    """Hidden states and a head in the logits' place: two inputs that get gradients."""
+    student = draw_student(choose)
+    generator = choose.generator
+    hidden = torch.randn(*student.shape.lead, 4, generator=generator).to(student.dtype)
+    weight = torch.randn(student.vocab, 4, generator=generator).to(student.dtype)
+    temperature = {"temperature": student.temperature}
+    return student._replace(
+        arguments={"hidden_states": hidden, "weight": weight, **temperature},
+        leaves=("hidden_states", "weight"),
+        storages={},
+        finite=(hidden @ weight.T).float(),
+    )
+
+
+@pytest.mark.parametrize("factor, passes", [(1.0, True), (1.01, False)])
+def test_a_new_function_is_one_registration(
+    monkeypatch: pytest.MonkeyPatch, factor: float, passes: bool
+) -> None:
+    def linear_opd_loss(hidden_states: Any, weight: Any, backend: str, **options: Any) -> Any:
+        if backend == "torch":
+            hidden_states = hidden_states * factor
+        return opd_loss(hidden_states @ weight.T, backend=backend, **options)
+
+    registered = Function(linear_opd_loss, opd, linear_student)
+    monkeypatch.setitem(FUNCTIONS, "linear_opd_loss", registered)
+    case = {"function": "linear_opd_loss", "rows": 5, "vocab": 17, "mask": "some"}
+    outcomes = [run.replay(case | {"seed": seed}, "torch", CPU) for seed in range(3)]
+    assert [outcome is None for outcome in outcomes] == [passes] * 3
+    if not passes:
+        assert "grad weight" in str(outcomes) and "grad hidden_states" in str(outcomes)
+
+
+# The command.
+
+
+def test_a_run_ends_with_its_count_and_coverage() -> None:
+    done = command("--cases", "3", "--seed", "7", "--backend", "torch", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert '3 cases on backend "torch", cpu, seed 7: no mismatch' in done.output
+    assert "drift" in done.output
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--backend", "numpy"], "--backend"),
+        (["--backend", "triton", "--device", "cpu"], "--interpret"),
+        (["--function", "opd"], "--function"),
+        (["--cases", "0"], "--cases"),
+        (["--minutes", "0"], "--minutes"),
+        (["--replay", "absent.json"], "absent.json"),
+    ],
+)
+def test_a_bad_option_is_refused_in_one_line(arguments: list[str], named: str) -> None:
+    done = command(*arguments)
+    assert done.exit_code == 2
+    assert named in done.output and len(done.output.strip().splitlines()) == 1
+
+
+def test_a_file_that_is_no_case_is_refused(tmp_path: Path) -> None:
+    for text in ("{", "[]", '{"version": 0}', '{"version": 1, "problem": {"function": "mse"}}'):
+        path = tmp_path / "case.json"
+        path.write_text(text)
+        done = command("--replay", str(path))
+        assert done.exit_code == 2 and "case.json" in done.output
+
+
+@pytest.mark.slow
+def test_kernels_run_in_the_interpreter() -> None:
+    """In a process of its own: triton reads TRITON_INTERPRET once."""
+    arguments = ["fuzz", "--interpret", "--device", "cpu", "--cases", "5", "--function", "opd_loss"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "drift_gate", *arguments],
+        cwd=HERE.parent,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '5 cases on backend "triton", cpu' in done.stdout

@@ -1,0 +1,75 @@
+"""The fuzzer on kernels: shrunk cases of what it found there, and a few problems of every function.
+
+Bounds are exact, padding and uninitialised memory hold NaN; a GPU checks values alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from conftest import KERNELS
+
+from drift_gate.fuzz import run
+from drift_gate.fuzz.functions import FUNCTIONS
+
+# By what they once showed.
+FOUND = {
+    "row data that is a column was read as if contiguous": {
+        "function": "opd_loss",
+        "rows": 2,
+        "no gate": True,
+        "strided old_log_probs": True,
+    },
+    "metrics of NaN weights": {"function": "opd_loss", "special": "-inf row"},
+    "a NaN counted as clipped": {
+        "function": "opd_loss",
+        "special": "-inf row",
+        "estimator": "k1",
+        "no gate": True,
+        "no old log-probs": True,
+    },
+    "the overlap of a NaN": {
+        "function": "topk_loss",
+        "special": "-inf row",
+        "no gate": True,
+        "no old log-probs": True,
+    },
+}
+
+
+# Options that change what kernels do to memory, by turns.
+OPTIONS: dict[str, list[Any]] = {
+    "vocab": [17, 1, 65, 8],
+    "dtype": ["bfloat16", "float32", "float16"],
+    "rows": [3, 1, 5],
+    "logits layout": ["wide rows", "off a boundary"],
+    "mask": ["some", "a hole", "absent"],
+    "tiles": ["small"],
+    "programs": [1, 9],
+    "inplace_backward": [True, False],
+    "return_entropy": [False, True],
+    "teacher layout": ["aligned wide rows", "off a boundary"],
+}
+
+
+def judge(case: dict[str, Any], device: torch.device) -> None:
+    choices = dict(case)
+    problem = run.build(choices.pop("function"), run.recorded(choices), "triton", device)
+    run.judge(problem, "triton")
+
+
+@pytest.mark.parametrize("case", FOUND.values(), ids=FOUND.keys())
+def test_what_was_found_stays_fixed(kernels_on_cpu: torch.device, case: dict[str, Any]) -> None:
+    judge(case, kernels_on_cpu)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
+@pytest.mark.parametrize("function", [f for f in FUNCTIONS if f.endswith(("loss", "lse"))])
+def test_memory(kernels_on_cpu: torch.device, function: str) -> None:
+    turns = {name: itertools.cycle(values) for name, values in OPTIONS.items()}
+    for seed in range(3 if KERNELS == "interpret" else 1):  # the emulator compiles each
+        drawn = {name: next(turn) for name, turn in turns.items()}
+        judge({"function": function, "seed": seed, **drawn}, kernels_on_cpu)
