@@ -18,6 +18,7 @@ from drift_gate.fuzz import run, verdict
 from drift_gate.fuzz.choices import Choices
 from drift_gate.fuzz.functions import FUNCTIONS, Function, opd
 from drift_gate.fuzz.options import Student, draw_student
+from drift_gate.row_chunks import Piece
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -129,13 +130,13 @@ def _truncate(x: torch.Tensor) -> torch.Tensor:
 def test_truncation_is_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the budget of each case, and yet always towards zero."""
 
-    def store(x: torch.Tensor, rows: Any, values: torch.Tensor, factor: torch.Tensor) -> None:
-        values = values.mul_(factor)
-        if x.dtype == torch.bfloat16:
+    def write(piece: Piece, values: torch.Tensor) -> None:
+        assert piece.chosen is None
+        if piece.x.dtype == torch.bfloat16:
             values = _truncate(values)
-        x[rows] = values.to(x.dtype)
+        piece.x.copy_(values)
 
-    monkeypatch.setattr(torch_passes, "_store", store)
+    monkeypatch.setattr(Piece, "write", write)
     bias = _bias_of_gradients()
     assert any("towards zero" in fault for fault in bias.faults())
 

@@ -20,6 +20,7 @@ OPD = "tests/test_opd_loss.py tests/test_reference.py tests/test_fuzz.py"
 PASSES = "tests/test_opd_loss.py tests/test_reference.py tests/test_fuzz.py tests/test_ops.py"
 TOPK = "tests/test_topk_loss.py tests/test_fuzz.py"
 FULL = "tests/test_full_loss.py tests/test_fuzz.py"
+LINEAR = "tests/test_linear_losses.py tests/test_head_gradients.py tests/test_linear_autograd.py"
 SPANS = "tests/test_spans.py"
 ARGUMENTS = "tests/test_arguments.py tests/test_fuzz.py"
 K_SCAN = "tests/test_kernels_vocabulary.py"
@@ -29,10 +30,32 @@ K_FULL = "tests/test_kernels_divergence.py tests/test_kernels_fuzz.py"
 
 ROWS = "drift_gate/torch_rows.py"
 PASS = "drift_gate/torch_passes.py"
+CHUNKS = "drift_gate/row_chunks.py"
+SUMS = "drift_gate/head_gradients.py"
+DEFERRED = "drift_gate/deferred.py"
+SPARSE = "drift_gate/sparse.py"
+STEP = "drift_gate/head_step.py"
 DIVERGENCE = "drift_gate/torch_divergence.py"
 TORCH_TOPK = "drift_gate/torch_topk.py"
 
 PYTHON = [
+    # the fused head
+    Mutant("unit mean of the last chunk alone", DEFERRED, "self.total * factor + weights", "0 * self.total + weights", LINEAR),
+    Mutant("sums not moved to a lower shift", STEP, "if factor != 1:", "if factor > 1:", LINEAR),
+    Mutant("the shift never moves", DEFERRED, "(self.shift - lowest) > 1:", "(self.shift - lowest) > math.inf:", LINEAR),
+    Mutant("mean over all rows", DEFERRED, "count = self.data.valid.sum()", "count = len(self.data.valid) + 0 * self.total", LINEAR),
+    Mutant("chunks cut blocks", "drift_gate/chunks.py", "position[reach == position] + 1", "position + 1", LINEAR),
+    Mutant("first chunk counted twice", SUMS, "self.begun = True", "self.begun = len(hidden) < 2", LINEAR),
+    Mutant("lower byte lost", SUMS, "add_(bits.copy_(low), alpha=256)", "add_(bits.copy_(low), alpha=0)", LINEAR),
+    Mutant("truncated to 24 bits", SUMS, "value.view(torch.int32).add_(128)", "value.view(torch.int32).add_(0)", LINEAR),
+    Mutant("slope of the cap forgotten", "drift_gate/head_scan.py", "uncap(z[rows], kept, cap)", "pass", LINEAR),
+    Mutant("sparse slope of the cap forgotten", SPARSE, "slope = slope * (1 - (gathered", "slope = slope * (1 - 0 * (gathered", LINEAR),
+    Mutant("logit scale not in the slope", SPARSE, "slope = beta * scale", "slope = beta * 1.0", LINEAR),
+    Mutant("rows of words shifted", "drift_gate/torch_sparse.py", "begins[i:j] - borders[i], hidden", "(begins[i:j] - borders[i]).clamp(max=3), hidden", LINEAR),
+    Mutant("upstream gradient forgotten", STEP, "factor * upstream, ctx.like", "factor * 1, ctx.like", LINEAR),
+    Mutant("a second backward allowed", STEP, "ctx.handed_out = True", "pass", LINEAR),
+    Mutant("coefficients not over the largest", "drift_gate/linear_step.py", "factor = largest * inverse", "factor = inverse", LINEAR),
+    Mutant("gathered head has the gradient's sum", "drift_gate/sharded.py", 'Partial("avg")', 'Partial("sum")', "tests/test_linear_sharded.py"),
     # gate
     Mutant("unit mean over all rows", ROWS, "g.sum() / count.sum()", "g.mean() / 1.0 #", GATE),
     Mutant("max not shifted", ROWS, "-tau * (a - masked.min())", "-tau * a", GATE),
@@ -69,26 +92,26 @@ PYTHON = [
     Mutant("gate not detached", "drift_gate/rows.py", "grad = slope * coefficient * grad_loss", "grad = (slope + 0.01) * coefficient * grad_loss", OPD),
     Mutant("per-token gradient dropped", "drift_gate/rows.py", "grad = through_token if grad is None else grad + through_token", "grad = through_token if grad is None else grad", OPD),
     # vocabulary passes
-    Mutant("temperature applied twice", PASS, "return torch.stack((maximum, total, total))\n    z = torch.sub", "return torch.stack((maximum * scale, total, total))\n    z = torch.sub", PASSES),
-    Mutant("chunk border off by one", PASS, "slice(first, last + 1) if", "slice(first, last) if", PASSES),
-    Mutant("mask dropped in scan", PASS, "_sequences((logits.detach(),), (valid,))", "_sequences((logits.detach(),), (None,))", PASSES),
+    Mutant("temperature applied twice", PASS, "torch.amax(z, -1, out=maximum)", "torch.amax(z, -1, out=maximum).mul_(scale)", PASSES),
+    Mutant("chunk border off by one", CHUNKS, "x.narrow(0, rows[0], n)", "x.narrow(0, max(rows[0] - 1, 0), n)", PASSES),
+    Mutant("mask dropped in scan", PASS, "for n, (piece,) in chunks(mask, size, x):", "for n, (piece,) in chunks(None, size, x[: count - first]):", PASSES),
     Mutant("alpha and beta swapped", PASS, "a * p + beta)", "beta * p + a)", PASSES),
     Mutant("duplicates not summed", PASS, "beta = _sum_duplicates(ids, beta)", "pass", "tests/test_topk_loss.py tests/test_fuzz.py tests/test_ops.py"),
     Mutant("scale missing in the gradient", PASS, "torch.where(a == 0, beta, value).mul_(scale)", "torch.where(a == 0, beta, value)", PASSES),
-    Mutant("rows without gradient not zeroed", PASS, "tasks += [(x, y, rows, None, None) for rows in _chunks(off, len(x), size)]", "pass", PASSES),
+    Mutant("rows without gradient not zeroed", PASS, "tasks += [_Expansion(*pieces) for _, pieces in chunks(off, size, y)]", "pass", PASSES),
     Mutant("ids of invalid rows written", PASS, "(listed if valid is None else listed & valid[:, None])", "(listed)", PASSES),
-    Mutant("entropy's sign", PASS, "total.log().sub_(mean)", "total.log().add_(mean)", PASSES),
-    Mutant("unshifted beyond what is safe", PASS, "SAFE_MAXIMUM = 60.0", "SAFE_MAXIMUM = 1e9", PASSES),
+    Mutant("entropy's sign", PASS, "torch.sub(total.log(), mean, out=entropy)", "torch.add(total.log(), mean, out=entropy)", PASSES),
+    Mutant("unshifted beyond what is safe", CHUNKS, "SAFE_MAXIMUM = 60.0", "SAFE_MAXIMUM = 1e9", PASSES),
     Mutant("lse's gradient dropped", "drift_gate/vocabulary.py", "alpha = through_sum if alpha is None else alpha + through_sum", "alpha = through_sum", PASSES),
     # top K and full
     Mutant("teacher and student swapped in the mixture", TORCH_TOPK, "(beta * q + (1 - beta) * p).log()", "(beta * p + (1 - beta) * q).log()", TOPK),
     Mutant("renormalised slope without its mean", TORCH_TOPK, "slope = g - p * g.sum(-1, keepdim=True)", "slope = g", TOPK),
     Mutant("the tail's slope dropped", TORCH_TOPK, "torch.where(rest < eps, 0, g_tail / p_tail)", "torch.where(rest < eps, 0, 0 * p_tail)", TOPK),
     Mutant("missing entries present", "drift_gate/topk_rows.py", "(ids != MISSING) & (teacher != -torch.inf)", "(ids != MISSING)", TOPK),
-    Mutant("reverse is forward", DIVERGENCE, 'rows = _kl_statistics(rows, direction == "reverse")', 'rows = _kl_statistics(rows, direction == "forward")', FULL),
+    Mutant("reverse is forward", DIVERGENCE, '_kl_statistics(statistics, direction == "reverse")', '_kl_statistics(statistics, direction == "forward")', FULL),
     Mutant("jsd's weights swapped", DIVERGENCE, "loss = (1 - beta) * centre + beta *", "loss = beta * centre + (1 - beta) *", FULL),
-    Mutant("jsd's gradient not weighed", DIVERGENCE, "factor = upstream * (1 - beta)", "factor = upstream", FULL),
-    Mutant("the centre forgotten", DIVERGENCE, "scratch[3])).sub_(centre)", "scratch[3]))", FULL),
+    Mutant("jsd's gradient not weighed", DIVERGENCE, ".mul_(upstream).mul_(1 - beta)", ".mul_(upstream)", FULL),
+    Mutant("the centre forgotten", DIVERGENCE, "a.sub_(n).sub_(centre)", "a.sub_(n)", FULL),
     Mutant("maxima not shifted in reverse", DIVERGENCE, "(teacher_top.abs() <= SAFE_MAXIMUM) | ~active", "(teacher_top.abs() <= 1e9) | ~active", FULL),
     Mutant("padding words keep what was there", DIVERGENCE, "out.detach()[..., vocab:].zero_()", "pass", FULL),
     # arguments, reduction and spans
