@@ -81,7 +81,7 @@ class KnownWeights:
 
     def mean(self) -> Tensor:
         """What the sums are to be divided by."""
-        return torch.ones_like(self.weights[:1]).sum()
+        return self.weights.new_ones(())
 
 
 class DeferredWeights:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import KERNELS
 
+from drift_gate import full_loss, token_log_probs
 from drift_gate.fuzz import run
 from drift_gate.fuzz.functions import FUNCTIONS
 
@@ -64,6 +65,31 @@ def judge(case: dict[str, Any], device: torch.device) -> None:
 @pytest.mark.parametrize("case", FOUND.values(), ids=FOUND.keys())
 def test_what_was_found_stays_fixed(kernels_on_cpu: torch.device, case: dict[str, Any]) -> None:
     judge(case, kernels_on_cpu)
+
+
+@pytest.mark.skipif(KERNELS != "interpret", reason="asks the interpreter for each address")
+@pytest.mark.parametrize("function", ["token_log_probs", "full_loss"])
+def test_rows_that_are_not_valid_are_not_loaded(
+    kernels_on_cpu: torch.device, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    from drift_gate.fuzz import interpreter
+
+    logits = torch.randn(1, 3, 100)
+    labels = torch.tensor([[5, -100, 7]])
+    forbidden = range(logits[0, 1].data_ptr(), logits[0, 2].data_ptr())
+
+    class WithoutTheRow(interpreter.Extents):
+        def outside(self, addresses: Any) -> Any:
+            inside_row = (addresses >= forbidden.start) & (addresses < forbidden.stop)
+            return super().outside(addresses) | inside_row
+
+    monkeypatch.setattr(interpreter, "Extents", WithoutTheRow)
+    if function == "token_log_probs":
+        token_log_probs(logits, labels, backend="triton")
+    else:
+        full_loss(logits, labels, None, logits.clone(), gate=None, backend="triton")
+    with pytest.raises(interpreter.KernelFault):
+        token_log_probs(logits, torch.tensor([[5, 6, 7]]), backend="triton")
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")

@@ -40,6 +40,45 @@ def test_opcheck_vocabulary(dtype):
     opcheck(OPS.expand_, (logits.clone(), *arguments))
 
 
+def test_expand_joins_the_gradients_of_all_results_of_a_scan():
+    logits, ids, _ = scan_arguments(torch.float64)
+    gathered, log_probs, top, log_sum, _ = OPS.scan(logits, ids, None, 1.5, False, False, "torch")
+    z = (1.5 * logits).view(10, 19)
+    eager = z.gather(1, ids), z.log_softmax(-1).gather(1, ids), z.logsumexp(-1)
+    for weights in ((1, 0, 1), (0, 2, 1), (3, 2, 1)):
+        ours, theirs = (
+            sum(w * x.square().sum() for w, x in zip(weights, results, strict=True) if w)
+            for results in ((gathered, log_probs, top.detach() + log_sum), eager)
+        )
+        (got,) = torch.autograd.grad(ours, logits, retain_graph=True)
+        (truth,) = torch.autograd.grad(theirs, logits, retain_graph=True)
+        torch.testing.assert_close(got, truth)
+
+
+def test_expand_gives_0_in_invalid_rows_whatever_their_betas():
+    logits, ids, valid = scan_arguments(grad=False)
+    gathered, _, top, log_sum, _ = OPS.scan(logits, ids, valid, 1.0, False, False, "torch")
+    alpha, beta = torch.ones_like(top), torch.ones_like(gathered)
+    out = OPS.expand(logits, ids, top, log_sum, gathered, valid, alpha, beta, 1.0, "torch")
+    rows = out.view(10, 19)
+    assert rows[~valid].eq(0).all() and rows[valid].ne(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_topk(dtype):
+    logits, ids, valid = scan_arguments(dtype)
+    opcheck(OPS.gather, (logits, ids, valid, 1.5, False, "torch"))
+    teacher = torch.full(ids.shape, -1.0)
+    teacher[0, 1] = -torch.inf
+    opcheck(OPS.topk_support, (ids, teacher, valid, 19, True, False))
+    present = ids >= 0
+    scores = -torch.rand(ids.shape)
+    for support in ("renormalized", "truncated", "tail"):
+        masses = None if support == "renormalized" else scores.clone()
+        arguments = masses, teacher, present, valid, "jsd", support, 0.3, "torch"
+        opcheck(OPS.topk_rows, (scores.clone().requires_grad_(), *arguments))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck_rows(dtype):
     problem = draw(3, 20, 11, masked=0.3)

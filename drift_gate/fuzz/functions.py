@@ -9,10 +9,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import full_loss, gate_weights, gather_lse, newline_spans, opd_loss, token_log_probs
-from ..topk import topk_loss
+from .. import (
+    full_loss,
+    gate_weights,
+    gather_lse,
+    linear_full_loss,
+    linear_gather_lse,
+    linear_opd_loss,
+    linear_token_log_probs,
+    linear_topk_loss,
+    newline_spans,
+    opd_loss,
+    token_log_probs,
+    topk_loss,
+)
 from . import without_logits
 from .choices import Choices
+from .heads import draw_headed, headed, known_log_probs, two_heads
 from .options import Arguments, Asked, Rows, Student, draw_gated, draw_rows, draw_student, row_data
 from .shapes import place
 from .values import draw_dtype, draw_logits, draw_specials
@@ -154,12 +167,21 @@ def _unpacked(choose: Choices) -> Student:
     return draw_student(choose, ("flat", "padded"))
 
 
+def _unpacked_head(choose: Choices) -> Student:
+    return draw_headed(choose, ("flat", "padded"))
+
+
 FUNCTIONS: dict[str, Function] = {
     "opd_loss": Function(opd_loss, opd),
     "topk_loss": Function(topk_loss, topk),
     "full_loss": Function(full_loss, full),
     "token_log_probs": Function(token_log_probs, log_probs, _unpacked),
     "gather_lse": Function(gather_lse, lse, _unpacked),
+    "linear_opd_loss": Function(linear_opd_loss, headed(opd), draw_headed),
+    "linear_topk_loss": Function(linear_topk_loss, known_log_probs(headed(topk)), draw_headed),
+    "linear_full_loss": Function(linear_full_loss, two_heads(headed(full)), draw_headed),
+    "linear_token_log_probs": Function(linear_token_log_probs, headed(log_probs), _unpacked_head),
+    "linear_gather_lse": Function(linear_gather_lse, lse, _unpacked_head),
     "gate_weights": Function(
         gate_weights,
         without_logits.gate_rest,

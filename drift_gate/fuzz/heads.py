@@ -1,0 +1,103 @@
+"""Problems of the `linear_` forms: hidden states and a head in place of the logits.
+
+In float32 and float64 alone. In shorter dtypes the eager code rounds the logits, and softcap rounds
+them three times more: which of two results is nearer the truth is chance, which the tests average
+over seeds.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .choices import Choices
+from .options import Arguments, Asked, Student
+from .shapes import draw_shape, draw_vocab, place
+from .values import DTYPES
+
+WIDTHS = (3, 1, 8, 33)
+CHUNKS = (None, 1, 2, 7, 33)
+HEAD_ONLY = "inplace_backward"
+
+
+def draw_headed(choose: Choices, kinds: tuple[str, ...] = ("flat", "padded", "packed")) -> Student:
+    """Hidden states and a head; NaN in one row of the hidden states, or not."""
+    shape = draw_shape(choose, kinds)
+    vocab, width = draw_vocab(choose, max(shape.rows, 8)), choose("width", WIDTHS)
+    names = ("float32", "float64") if choose.wide else ("float32",)
+    dtype = DTYPES[choose("dtype", names)]
+    choose.generator.manual_seed(choose("seed", range(1 << 16)))
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=choose.generator)
+
+    size = choose("head", (1.0, 0.0, 20.0))
+    hidden, weight = normal(*shape.lead, width), size * normal(vocab, width)
+    finite = hidden @ weight.T
+    arguments: Arguments = {"temperature": choose("temperature", (1.0, 0.7, 2.0))}
+    arguments["chunk_size"] = choose("chunk size", CHUNKS)
+    leaves = ["hidden_states", "weight"]
+    if choose.flag("bias"):
+        bias = normal(vocab)
+        finite = finite + bias
+        arguments["bias"] = bias.to(dtype).to(choose.device)
+        leaves.append("bias")
+    softcap = choose("softcap", (None, 5.0, 0.5))
+    if softcap is not None:
+        finite = softcap * torch.tanh(finite / softcap)
+    logit_scale = choose("logit scale", (1.0, 0.25, 3.0))
+    arguments |= {"softcap": softcap, "logit_scale": logit_scale}
+    rows = hidden.reshape(-1, width)
+    if choose.flag("nan row") and len(rows):
+        rows[len(rows) // 2] = torch.nan
+    storages = {}
+    for name, x in (("hidden_states", rows.view(hidden.shape)), ("weight", weight)):
+        arguments[name], storages[name] = place(choose, name, x, dtype)
+    if "bias" in arguments:
+        storages["bias"] = arguments["bias"]
+    temperature = arguments["temperature"]
+    finite = logit_scale * finite
+    return Student(arguments, tuple(leaves), storages, finite, shape, dtype, temperature)
+
+
+def headed(rest: Any) -> Any:
+    """The rest of a loss's arguments as its `linear_` form takes them."""
+
+    def drawn(choose: Choices, student: Student) -> Asked:
+        arguments, valid, storages = rest(choose, student)
+        arguments.pop(HEAD_ONLY, None)
+        return Asked(arguments, valid, storages)
+
+    return drawn
+
+
+def known_log_probs(rest: Any) -> Any:
+    """And the current log-probs, where the caller has them."""
+
+    def drawn(choose: Choices, student: Student) -> Asked:
+        arguments, valid, storages = rest(choose, student)
+        if arguments["labels"] is not None and choose.flag("log_probs"):
+            labels = arguments["labels"]
+            values = -torch.rand(labels.shape, generator=choose.generator)
+            arguments["log_probs"] = values.to(choose.device)
+        return Asked(arguments, valid, storages)
+
+    return drawn
+
+
+def two_heads(rest: Any) -> Any:
+    """A teacher's head in place of its logits."""
+
+    def drawn(choose: Choices, student: Student) -> Asked:
+        arguments, valid, storages = rest(choose, student)
+        logits = arguments.pop("teacher_logits")
+        storages = {k: v for k, v in storages.items() if k != "teacher_logits"}
+        width, generator = choose("teacher width", (2, 9)), choose.generator
+        hidden = torch.randn(*logits.shape[:-1], width, generator=generator)
+        weight = torch.randn(logits.shape[-1], width, generator=generator)
+        for name, x in (("teacher_hidden_states", hidden), ("teacher_weight", weight)):
+            arguments[name] = x.to(student.dtype).to(choose.device)
+        arguments["teacher_softcap"] = choose("teacher softcap", (None, 2.0))
+        return Asked(arguments, valid, storages)
+
+    return drawn
