@@ -99,15 +99,17 @@ class DeferredWeights:
         if self.gate.normalize == "off":
             return torch.ones_like(log_probs), 1.0
         drift = self._block_drift(at, log_probs)
-        factor = 1.0
-        if self.gate.normalize == "batch":
-            lowest = float(drift.min())
-            if self.gate.tau * (self.shift - lowest) > 1:
-                factor = math.exp(-self.gate.tau * (self.shift - lowest))
-                self.shift = lowest
-        weights = torch.exp(-self.gate.tau * (drift - self.shift))
-        if self.shift == math.inf:  # no finite drift yet; NaN stays
-            weights = torch.where(drift == math.inf, 0, drift)
+        tau, factor = self.gate.tau, 1.0
+        lowest = float(drift.min()) if self.gate.normalize == "batch" else 0.0
+        if self.shift == math.inf:  # nothing has weighed yet
+            self.shift = min(self.shift, lowest)
+        elif tau * (self.shift - lowest) > 1:
+            factor = math.exp(-tau * (self.shift - lowest))
+            self.shift = lowest
+        if self.shift == math.inf:
+            weights = torch.full_like(drift, 0.0 if tau > 0 and lowest == math.inf else math.nan)
+        else:
+            weights = torch.exp(-tau * (drift - self.shift))
         self.total = self.total * factor + weights.sum(dtype=self.total.dtype)
         return weights, factor
 

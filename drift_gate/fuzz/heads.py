@@ -31,7 +31,7 @@ def draw_headed(choose: Choices, kinds: tuple[str, ...] = ("flat", "padded", "pa
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=choose.generator)
 
-    size = choose("head", (1.0, 0.0, 20.0))
+    size = choose("head", (1.0, 0.0, 4.0))
     hidden, weight = normal(*shape.lead, width), size * normal(vocab, width)
     finite = hidden @ weight.T
     arguments: Arguments = {"temperature": choose("temperature", (1.0, 0.7, 2.0))}

@@ -42,7 +42,7 @@ PYTHON = [
     # the fused head
     Mutant("unit mean of the last chunk alone", DEFERRED, "self.total * factor + weights", "0 * self.total + weights", LINEAR),
     Mutant("sums not moved to a lower shift", STEP, "if factor != 1:", "if factor > 1:", LINEAR),
-    Mutant("the shift never moves", DEFERRED, "(self.shift - lowest) > 1:", "(self.shift - lowest) > math.inf:", LINEAR),
+    Mutant("the shift never moves", DEFERRED, "elif tau * (self.shift - lowest) > 1:", "elif False:", LINEAR),
     Mutant("mean over all rows", DEFERRED, "count = self.data.valid.sum()", "count = len(self.data.valid) + 0 * self.total", LINEAR),
     Mutant("chunks cut blocks", "drift_gate/chunks.py", "position[reach == position] + 1", "position + 1", LINEAR),
     Mutant("first chunk counted twice", SUMS, "self.begun = True", "self.begun = len(hidden) < 2", LINEAR),
