@@ -115,7 +115,9 @@ def finish_sums(tensors: list[Tensor], factor: Tensor, dtype: torch.dtype) -> li
     factor: scalar tensor that multiplies them, in the dtype of the sum of the bias.
     """
     of_hidden, of_weight, rest, of_bias = tensors
+    untouched = of_hidden == 0
     _multiply(of_hidden, factor)
+    of_hidden.masked_fill_(untouched, 0)  # rows left out stay 0 where the factor is NaN
     _multiply(of_bias, factor)
     if of_weight.dtype == dtype:
         _scale_weight(of_weight, rest, factor, last=True)

@@ -22,6 +22,7 @@ MOVES = 8  # problems nearby
 MOVE = 2.0  # roundings in the accumulation dtype by which the inputs move, at most
 NEARBY_FACTOR = 8.0  # how many times the largest effect of a move is allowed
 MOST_UPSTREAM = 4.0  # a random weight of a loss
+OF_HEADS = ("grad weight", "grad bias")  # sums over the rows
 LARGEST = 1e36  # where float32 may overflow on the way: such a row's gradient is not compared
 
 
@@ -64,7 +65,7 @@ def _rows_not_asked_for(problem: Problem, got: Results) -> list[str]:
         return []
     found = []
     for name, x in got.items():
-        if name.startswith("metric") or name in ("grad weight", "grad bias"):
+        if name.startswith("metric") or name in OF_HEADS:
             continue
         if x.shape[: problem.valid.dim()] != problem.valid.shape:
             continue
@@ -144,7 +145,7 @@ def _compare(
     """The fault of one result of the backend, beside eager PyTorch's and the truth; or None."""
     dtype = results[0].dtype
     gradient = name.startswith("grad")
-    compared = _comparable(gradient, results[2], scale)
+    compared = _comparable(name, results[2], scale)
     if scale.overflowed and not gradient and name != "log_probs":
         return None
     g, e, t = (x.double().flatten() for x in results)
@@ -175,13 +176,15 @@ def _compare(
     )
 
 
-def _comparable(gradient: bool, truth: Tensor, scale: _Scale) -> Tensor:
+def _comparable(name: str, truth: Tensor, scale: _Scale) -> Tensor:
     """[elements] bool. A row whose loss or slope is not finite has no gradient to speak of."""
-    if not gradient:
+    if not name.startswith("grad"):
         return torch.ones(truth.numel(), dtype=torch.bool, device=truth.device)
     rows = truth.reshape(-1, truth.shape[-1])
     sound = rows.isfinite().all(-1, keepdim=True) & (not scale.overflowed)
-    if scale.losses is not None and scale.losses.shape == truth.shape[:-1]:
+    if scale.losses is not None and name in OF_HEADS:
+        sound = sound & scale.losses.isfinite().all()
+    elif scale.losses is not None and scale.losses.shape == truth.shape[:-1]:
         sound = sound & scale.losses.isfinite().reshape(-1, 1)
     return sound.expand(rows.shape).flatten()
 
