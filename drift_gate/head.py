@@ -12,6 +12,7 @@ from .arguments import check_floating, check_number, check_tensor
 from .backends import resolve
 from .batch import Student
 
+READ_BYTES = 56 << 20  # of logits that are only read, on a CPU
 SLICE_WORDS = 1 << 21  # elements that softcap widens at a time: 8 MiB of float32
 
 
@@ -31,6 +32,7 @@ class Inputs(NamedTuple):
     hidden: Tensor  # [N, H]
     head: Head
     chunk_size: int
+    scan_size: int  # of chunks that are only read
     backend: str
 
 
@@ -72,8 +74,8 @@ def check_head(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     student = Student(names[0], hidden.shape[:-1], vocab, dtype, hidden.device)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    size = _chunk_size(chunk_size, weight)
-    return Inputs(student, rows, head, size, resolve(backend, hidden))
+    sizes = _chunk_sizes(chunk_size, weight)
+    return Inputs(student, rows, head, *sizes, resolve(backend, hidden))
 
 
 def _check_parts(names: list[str], tensors: list[Tensor]) -> None:
@@ -110,20 +112,24 @@ def _whole(name: str, x: Tensor) -> Tensor:
     return x
 
 
-def _chunk_size(chunk_size: int | None, weight: Tensor) -> int:
-    """Rows whose logits exist at a time.
+def _chunk_sizes(chunk_size: int | None, weight: Tensor) -> tuple[int, int]:
+    """Rows whose logits exist at a time, and where they are only read.
 
     GEMMs reach their rate at some hundred rows on a CPU and at some thousand on a GPU, while the
-    logits of a chunk are to stay small beside the head's gradient.
+    logits of a chunk are to stay small beside the head's gradient. The product that makes them
+    needs fewer rows than the one that sums that gradient.
     """
     if chunk_size is not None:
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
             raise TypeError(f"chunk_size must be an int; got {type(chunk_size).__name__}")
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
-        return chunk_size
-    most, words = (512, 40 << 20) if weight.device.type == "cpu" else (8192, 320 << 20)
-    return max(64, min(most, int(words / weight.shape[0]) // 64 * 64))
+        return chunk_size, chunk_size
+    row = weight.shape[0] * weight.itemsize
+    on_cpu = weight.device.type == "cpu"
+    most, size = (512, 160 << 20) if on_cpu else (8192, 640 << 20)
+    rows = max(64, min(most, size // row // 64 * 64))
+    return rows, max(1, min(rows, READ_BYTES // row)) if on_cpu else rows
 
 
 def logits_of(head: Head, hidden: Tensor, out: Tensor) -> Tensor:

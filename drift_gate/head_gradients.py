@@ -5,7 +5,8 @@ With the gradient G [C, V] of a chunk's logits (before the scale) and its hidden
     grad_hidden = G W  (each row once),   grad_weight += G^T h,   grad_bias += sum_rows G
 
 grad_weight is summed in float32 (float64): in the result where it has that dtype; for bfloat16 on
-a CPU in the result and one more byte an element; elsewhere in a float32 tensor.
+a CPU, beyond two chunks, in 24 bits, the result and one more byte an element; elsewhere in a
+float32 tensor.
 """
 
 from typing import NamedTuple
@@ -42,12 +43,12 @@ def sum_shapes(
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of the sums: hidden, weight, the byte beside bfloat16, bias; [0] if unused.
 
-    A single chunk needs no byte: its sum is rounded once.
+    One chunk or two need no byte: at most one sum is rounded on the way.
     """
     empty = (0,)
     wide = torch.promote_types(weight.dtype, torch.float32)
     narrow = weight_dtype(weight) == torch.bfloat16
-    rest = needs.weight and narrow and hidden.shape[0] > chunk_size
+    rest = needs.weight and narrow and hidden.shape[0] > 2 * chunk_size
     return [
         (tuple(hidden.shape) if needs.hidden else empty, hidden.dtype),
         (tuple(weight.shape) if needs.weight else empty, weight_dtype(weight)),

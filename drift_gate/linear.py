@@ -126,12 +126,13 @@ def linear_gather_lse(
 
 
 def scan_head(
-    inputs: Inputs, ids: Tensor, valid: Tensor, with_entropy: bool
+    inputs: Inputs, ids: Tensor, valid: Tensor, with_entropy: bool, *, dense: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`head_scan` of checked arguments."""
+    """`head_scan` of checked arguments; `dense` where its gradient is."""
+    size = inputs.chunk_size if dense else inputs.scan_size
     weight, bias, softcap, scale = inputs.head
     return head_scan(
-        inputs.hidden, weight, bias, ids, valid, softcap, scale, with_entropy, inputs.chunk_size,
+        inputs.hidden, weight, bias, ids, valid, softcap, scale, with_entropy, size,
         inputs.backend,
     )  # fmt: skip
 

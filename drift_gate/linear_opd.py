@@ -58,8 +58,8 @@ def linear_opd_loss(
 
     Args:
         hidden_states, weight, bias, softcap, logit_scale, chunk_size: as in
-            `linear_token_log_probs`. grad_weight is summed in float32 or, for bfloat16 on a CPU,
-            24 bits, and rounded once.
+            `linear_token_log_probs`. grad_weight is summed in float32 (for bfloat16 on a CPU
+            in 24 bits, or two chunks at once).
         others: as in `opd_loss`; there is no `inplace_backward`, as there are no logits.
 
     Returns:

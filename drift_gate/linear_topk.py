@@ -143,13 +143,14 @@ def _anew(
     return_entropy: bool,
 ) -> LossOutput:
     """A scan of all words, whose backward makes the logits again unless its gradient is sparse."""
+    renormalized = kind.support == "renormalized"
     gathered, log_probs, _, _, entropy = scan_head(
-        inputs, with_label(batch, lists), batch.valid, return_entropy
+        inputs, with_label(batch, lists), batch.valid, return_entropy, dense=not renormalized
     )
     now = log_probs[:, 0].detach() if known is None else known
     listed = log_probs[:, 1:]
     return finish_lists(
-        batch, lists, kind, gathered[:, 1:] if kind.support == "renormalized" else listed, listed,
+        batch, lists, kind, gathered[:, 1:] if renormalized else listed, listed,
         torch.zeros_like(now) if batch.ids is None else now,
         entropy.detach() if return_entropy else None,
     )  # fmt: skip
