@@ -67,6 +67,17 @@ def divergence_grad(case: Case) -> Floor:
     return Floor(bytes_, DIVERGENCE_FLOPS * logits)
 
 
+def sparse(case: Case) -> Floor:
+    """K rows of the head weighed for each row, and the head's gradient from those rows.
+
+    Each row of the head and of the hidden states is read once, as if caches held it from then on.
+    """
+    one = (case.rows + min(case.vocab, case.rows * case.k)) * case.hidden * case.itemsize
+    written = (case.rows + case.vocab) * case.hidden * case.itemsize
+    entries = 2 * case.rows * case.k * (8 + 4)
+    return Floor(one + written + entries, 4 * case.rows * case.k * case.hidden)
+
+
 def linear(case: Case, gemms: int, *, teacher: bool = False) -> Floor:
     """`gemms` products of hidden states and head: the loss (1), grad_hidden (2), grad_weight (3).
 

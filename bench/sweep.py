@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from drift_gate import torch_sparse
+
 from . import floors, timing
 from .cases import Case
 from .inputs import Work, draw, draw_rows
@@ -131,6 +133,17 @@ def _topk_rows(work: Work) -> Callable[[ModuleType], object]:
     return lambda module: module.topk_rows(*arguments)
 
 
+def _sparse(work: Work) -> Callable[[ModuleType], object]:
+    slope = torch.randn(work.ids.shape, device=work.device)
+    entries = torch_sparse.by_word(work.ids, work.case.vocab)
+
+    def run(module: ModuleType) -> None:
+        module.weigh_words(work.weight, work.ids, slope)
+        module.sum_words(work.hidden, slope, *entries)
+
+    return run
+
+
 def _divergence(work: Work) -> Callable[[ModuleType], object]:
     logits, teacher = work.logits[None], work.teacher_logits[None]
     valid = work.old == work.old
@@ -160,6 +173,9 @@ def sweeps(small: bool) -> list[Sweep]:
     listed = rows._replace(k=8 if small else 64)
     blocks = {"ROWS": (32, 16, 64), "COLS": (32, 64, 128), "num_warps": (8, 4)}
     token = {"TILE": (2048, 1024, 4096), "num_warps": (16, 8)}
+    k, width = (8, 40) if small else (64, 4096)
+    headed = logits._replace(k=k, hidden=width)
+    wide = {"WIDTH": (512, 1024, 256), "ENTRIES": (8, 4, 16), "num_warps": (4, 8, 2)}
     topk = {"ELEMENTS": (2048, 1024, 4096), "num_warps": (4, 8)}
 
     def entropy(case: Case) -> floors.Floor:
@@ -179,6 +195,7 @@ def sweeps(small: bool) -> list[Sweep]:
         Sweep("blocks", ("_row_blocks",), blocks, _row_blocks, floors.rows, rows),
         Sweep("sampled_token", ("_sampled_token",), token, _sampled_token, floors.rows, rows),
         Sweep("topk", ("_topk_rows",), topk, _topk_rows, floors.topk_rows, listed),
+        Sweep("sparse", ("_weigh_words", "_sum_words"), wide, _sparse, floors.sparse, headed),
     ]  # fmt: skip
 
 

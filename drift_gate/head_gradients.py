@@ -129,7 +129,7 @@ def finish_sums(tensors: list[Tensor], factor: Tensor, dtype: torch.dtype) -> li
 
 def _add_wide(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """total += gradient^T hidden, in float32 though the factors are shorter."""
-    if total.is_cuda:  # the product itself is summed in float32, and never stored
+    if total.is_cuda and torch.version.hip is None:  # the product is never stored
         torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
         return
     step = max(1, PRODUCT_WORDS // total.shape[1])
