@@ -148,11 +148,12 @@ def gather(
     (n, k), (vocab, width) = ids.shape, weight.shape
     out = torch.empty(n, k, dtype=torch.float32, device=hidden.device)
     block = min(ENTRIES, triton.next_power_of_2(k))  # for one warp, which needs no barrier
+    tile = WIDTH if block == 1 else 512 // weight.element_size()
     if n:
         _gather[(n, triton.cdiv(k, block))](
             hidden, weight, bias, ids, valid.view(torch.uint8), out,
             hidden.stride(0), weight.stride(0), vocab, width,
-            K=k, BLOCK_K=block, WIDTH=min(512 if block == 1 else 256, _tile(width)), num_warps=1,
+            K=k, BLOCK_K=block, WIDTH=min(tile, _tile(width)), num_warps=1,
         )  # fmt: skip
     return out
 

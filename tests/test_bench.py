@@ -416,5 +416,5 @@ def test_the_gpu_script(tmp_path):
         stages = (tmp_path / "stages.txt").read_text()
         assert "small_shapes: done" in stages and "profile: done" in stages
         passes = json.loads((tmp_path / "small_shapes.json").read_text())["results"]
-        assert len({r["pass"] for r in passes if r["seconds"] > 0}) == 7
+        assert len({r["pass"] for r in passes if r["seconds"] > 0}) == 8
         assert "scan" in (tmp_path / "profile.txt").read_text()

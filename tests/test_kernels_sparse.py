@@ -11,7 +11,7 @@ from support.launches import record_launches
 from drift_gate import DriftGate, torch_sparse
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-# Whole and partial tiles, of 256 in gather and 512 in the others; less than a tile; one word.
+# Whole and partial tiles, of 128 to 512; less than a tile; one word.
 SHAPES = [(5, 3, 40, 523), (3, 17, 9, 24), (2, 9, 1, 1)]  # rows, K, V, H
 
 
