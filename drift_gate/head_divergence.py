@@ -11,7 +11,7 @@ from torch.library import custom_op
 
 from .chunks import chunks, take
 from .head import Head
-from .head_gradients import Needs, Sums, finish_sums
+from .head_gradients import Needs, Sums, as_gradients, empty_gradients, finish_sums, needed
 from .head_losses import Common
 from .head_step import Settings, make_loss
 
@@ -94,11 +94,7 @@ def _(
     needs: list[bool],
     settings: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
-        torch.empty_like(weight) if needs[1] else weight.new_empty(0),
-        weight.new_empty(weight.shape[0] if needs[2] else 0),
-    )
+    return empty_gradients(hidden, weight, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -114,12 +110,11 @@ def _backward(
     nothing = None, None, [None] * len(targets), None
     if upstream is None:
         return None, None, None, *nothing
-    needs = [bool(x) for x in ctx.needs_input_grad[:3]]
+    needs = needed(ctx)
     grads = head_divergence_grad(
         hidden, weight, bias, valid, targets, upstream, needs, ctx.settings
     )
-    shown = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return *shown, *nothing
+    return *as_gradients(grads, needs), *nothing
 
 
 head_divergence.register_autograd(_backward, setup_context=_setup_context)

@@ -9,7 +9,8 @@ a CPU, beyond two chunks, in 24 bits, the result and one more byte an element; e
 float32 tensor.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,27 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+
+
+def needed(ctx: Any) -> list[bool]:
+    """Whether hidden, weight and bias, the first three inputs of an op, need a gradient."""
+    return [bool(x) for x in ctx.needs_input_grad[:3]]
+
+
+def as_gradients(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """None for what is not needed."""
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias as an op returns them, [0] where not needed; empty."""
+    return (
+        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
+        torch.empty_like(weight) if needs[1] else weight.new_empty(0),
+        weight.new_empty(weight.shape[0] if needs[2] else 0),
+    )
 
 
 def weight_dtype(weight: Tensor) -> torch.dtype:

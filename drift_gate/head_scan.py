@@ -13,7 +13,7 @@ from torch.library import custom_op
 from . import vocabulary
 from .chunks import chunks, put, take
 from .head import Head, logits_of, slices
-from .head_gradients import Needs, Sums, finish_sums
+from .head_gradients import Needs, Sums, as_gradients, empty_gradients, finish_sums, needed
 from .sparse import head_scatter
 from .torch_passes import bad_ids
 from .vocabulary import Scan
@@ -155,21 +155,7 @@ def _(
     chunk_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
-        torch.empty_like(weight) if needs[1] else weight.new_empty(0),
-        weight.new_empty(weight.shape[0] if needs[2] else 0),
-    )
-
-
-def needed(ctx: Any) -> list[bool]:
-    """Whether hidden, weight and bias, the first three inputs, need a gradient."""
-    return [bool(x) for x in ctx.needs_input_grad[:3]]
-
-
-def as_gradients(grads: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
-    """None for what is not needed."""
-    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return empty_gradients(hidden, weight, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Scan) -> None:

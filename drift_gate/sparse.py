@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import torch_sparse
+from .head_gradients import as_gradients, empty_gradients, needed
 
 
 @custom_op("drift_gate::head_gather", mutates_args=())
@@ -111,11 +112,7 @@ def _(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(hidden) if needs[0] else weight.new_empty(0),
-        torch.empty_like(weight) if needs[1] else weight.new_empty(0),
-        weight.new_empty(weight.shape[0] if needs[2] else 0),
-    )
+    return empty_gradients(hidden, weight, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,13 +122,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, beta: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, ids, valid, gathered = ctx.saved_tensors
-    needs = [bool(x) for x in ctx.needs_input_grad[:3]]
+    needs = needed(ctx)
     grads = head_scatter(
         hidden, weight, bias, ids, valid, gathered, beta, ctx.softcap, ctx.scale, needs,
         ctx.backend,
     )  # fmt: skip
-    wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return *wanted, *(None,) * 5
+    return *as_gradients(grads, needs), *(None,) * 5
 
 
 head_gather.register_autograd(_backward, setup_context=_setup_context)
