@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .accumulation import GateNormalizer
 from .full import full_loss
 from .gate import DriftGate
 from .linear import linear_gather_lse, linear_token_log_probs
@@ -27,6 +28,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "DriftGate",
+    "GateNormalizer",
     "GateOutput",
     "LossOutput",
     "full_loss",

@@ -1,12 +1,13 @@
 """`full_loss`: distillation from the teacher's logits over the whole vocabulary."""
 
-from typing import get_args
+from typing import Any, get_args
 
 from torch import SymInt, Tensor
 
+from .agreement import Meeting
 from .arguments import as_batch, check_floating, check_logits, check_number, check_option
 from .backends import resolve
-from .batch import finish, of_logits, prepare
+from .batch import Gate, complete, finish, of_logits, prepare
 from .divergence import divergence
 from .gate import DriftGate
 from .outputs import LossOutput
@@ -22,7 +23,7 @@ def full_loss(
     direction: Direction = "reverse",
     beta: float = 0.5,
     teacher_temperature: float | None = None,
-    gate: DriftGate | None = DriftGate(),  # noqa: B008  (frozen)
+    gate: Gate = DriftGate(),  # noqa: B008  (frozen)
     response_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     span_ids: Tensor | None = None,
@@ -33,6 +34,9 @@ def full_loss(
     dp_size: int = 1,
     global_batch_size: float | Tensor | None = None,
     loss_scale_factor: float | None = None,
+    group: Any = None,
+    context_parallel_group: Any = None,
+    position_ids: Tensor | None = None,
     vocab_size: int | None = None,
     return_entropy: bool = False,
     inplace_backward: bool = False,
@@ -77,24 +81,28 @@ def full_loss(
         ValueError, TypeError: as `opd_loss`; student and teacher differ in V without a
             `vocab_size`; it exceeds either.
     """
-    check_option("direction", direction, get_args(Direction))
-    check_beta(beta)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    check_number("teacher_temperature", teacher_temperature, above=0)
-    _check_teacher(logits, teacher_logits)
-    vocab = shared_words(
-        logits.shape[-1], teacher_logits.shape[-1], vocab_size, ("logits", "teacher_logits")
-    )
-    shared = logits[..., :vocab]
-    batch = prepare(
-        of_logits(shared), labels, old_log_probs, gate=gate, response_mask=response_mask,
-        cu_seqlens=cu_seqlens, span_ids=span_ids, temperature=temperature,
-        ignore_index=ignore_index, loss_agg_mode=loss_agg_mode,
-        batch_num_tokens=batch_num_tokens, dp_size=dp_size, global_batch_size=global_batch_size,
-        loss_scale_factor=loss_scale_factor, validate=validate,
-        backend=resolve(backend, logits),
-    )  # fmt: skip
+    with Meeting(group, context_parallel_group, position_ids) as ranks:
+        ranks.expect(logits, validate)
+        check_option("direction", direction, get_args(Direction))
+        check_beta(beta)
+        if teacher_temperature is None:
+            teacher_temperature = temperature
+        check_number("teacher_temperature", teacher_temperature, above=0)
+        _check_teacher(logits, teacher_logits)
+        vocab = shared_words(
+            logits.shape[-1], teacher_logits.shape[-1], vocab_size, ("logits", "teacher_logits")
+        )
+        shared = logits[..., :vocab]
+        batch = prepare(
+            of_logits(shared), labels, old_log_probs, gate=gate, response_mask=response_mask,
+            cu_seqlens=cu_seqlens, span_ids=span_ids, temperature=temperature,
+            ignore_index=ignore_index, loss_agg_mode=loss_agg_mode,
+            batch_num_tokens=batch_num_tokens, dp_size=dp_size,
+            global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
+            validate=validate, backend=resolve(backend, logits), ranks=ranks,
+            position_ids=position_ids,
+        )  # fmt: skip
+        ranks.tell(direction=direction, beta=beta)
     teacher = teacher_logits[..., :vocab].detach()
     if batch.backend == "reference":
         from . import reference, reference_full
@@ -105,14 +113,16 @@ def full_loss(
         )  # fmt: skip
         sizes = batch_num_tokens, dp_size, global_batch_size, loss_scale_factor
         shown = entropy.detach() if return_entropy else None
-        return reference.finish(batch, log_probs.detach(), shown, losses, loss_agg_mode, sizes)
-    losses, log_probs, _, entropy = divergence(
-        as_batch(logits), as_batch(teacher), batch.ids, batch.valid, 1 / temperature,
-        1 / teacher_temperature, direction, float(beta), return_entropy, inplace_backward,
-        batch.backend,
-    )  # fmt: skip
-    shown = entropy.detach() if return_entropy else None
-    return finish(batch, log_probs.detach(), shown, losses, "given")
+        output = reference.finish(batch, log_probs.detach(), shown, losses, loss_agg_mode, sizes)
+    else:
+        losses, log_probs, _, entropy = divergence(
+            as_batch(logits), as_batch(teacher), batch.ids, batch.valid, 1 / temperature,
+            1 / teacher_temperature, direction, float(beta), return_entropy, inplace_backward,
+            batch.backend,
+        )  # fmt: skip
+        shown = entropy.detach() if return_entropy else None
+        output = finish(batch, log_probs.detach(), shown, losses, "given")
+    return complete(batch, output)
 
 
 def _check_teacher(logits: Tensor, teacher: Tensor) -> None:

@@ -3,14 +3,16 @@
 z = logit_scale * cap(hidden W^T + bias) / temperature,  cap(x) = softcap * tanh(x / softcap)
 """
 
-from typing import NamedTuple
+import ast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .arguments import check_floating, check_number, check_tensor
-from .backends import resolve
 from .batch import Student
+from .ranks import copy_to_ranks
+from .vocab_parallel import Shard, local_words, resolve_for, unwrap_words
 
 READ_BYTES = 56 << 20  # of logits that are only read, on a CPU
 SLICE_WORDS = 1 << 21  # elements that softcap widens at a time: 8 MiB of float32
@@ -23,6 +25,7 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
     softcap: float  # 0: none
     scale: float  # logit_scale / temperature
+    shard: Shard | None = None  # which words these are, where other ranks have the rest
 
 
 class Inputs(NamedTuple):
@@ -46,10 +49,12 @@ def check_head(
     chunk_size: int | None,
     backend: str,
     prefix: str = "",
+    shard: Shard | None = None,
 ) -> Inputs:
     """Check a head and its hidden states; under autocast, cast them as `F.linear` would.
 
     A DTensor weight or bias is gathered; its gradient is averaged over the mesh, as FSDP does.
+    With a shard, weight and bias are this rank's and the hidden states are all ranks' alike.
     """
     names = [prefix + name for name in ("hidden_states", "weight", "bias")]
     check_floating(names[0], hidden_states)
@@ -69,13 +74,15 @@ def check_head(
     check_number(f"{prefix}logit_scale", logit_scale, above=0)
     check_number(f"{prefix}temperature", temperature, above=0)
     scale = float(logit_scale) / float(temperature)
-    head = Head(weight, biases[0] if biases else None, float(softcap or 0), scale)
-    vocab = weight.shape[0]
+    head = Head(weight, biases[0] if biases else None, float(softcap or 0), scale, shard)
+    vocab = weight.shape[0] if shard is None else shard.total
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    student = Student(names[0], hidden.shape[:-1], vocab, dtype, hidden.device)
+    student = Student(names[0], hidden.shape[:-1], vocab, dtype, hidden.device, shard)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    sizes = _chunk_sizes(chunk_size, weight)
-    return Inputs(student, rows, head, *sizes, resolve(backend, hidden))
+    if shard is not None:
+        rows = copy_to_ranks(rows, shard.group)
+    sizes = _chunk_sizes(chunk_size, weight, vocab if shard is None else shard.largest)
+    return Inputs(student, rows, head, *sizes, resolve_for(backend, hidden, shard))
 
 
 def _check_parts(names: list[str], tensors: list[Tensor]) -> None:
@@ -112,8 +119,8 @@ def _whole(name: str, x: Tensor) -> Tensor:
     return x
 
 
-def _chunk_sizes(chunk_size: int | None, weight: Tensor) -> tuple[int, int]:
-    """Rows whose logits exist at a time, and where they are only read.
+def _chunk_sizes(chunk_size: int | None, weight: Tensor, words: int) -> tuple[int, int]:
+    """Rows whose logits of so many words exist at a time, and where they are only read.
 
     GEMMs reach their rate at some hundred rows on a CPU and at some thousand on a GPU, while the
     logits of a chunk are to stay small beside the head's gradient. The product that makes them
@@ -125,11 +132,47 @@ def _chunk_sizes(chunk_size: int | None, weight: Tensor) -> tuple[int, int]:
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
         return chunk_size, chunk_size
-    row = weight.shape[0] * weight.itemsize
+    row = words * weight.itemsize
     on_cpu = weight.device.type == "cpu"
     most, size = (512, 160 << 20) if on_cpu else (8192, 640 << 20)
     rows = max(64, min(most, size // row // 64 * 64))
     return rows, max(1, min(rows, READ_BYTES // row)) if on_cpu else rows
+
+
+def encode(shard: Shard | None) -> str:
+    """A shard as a string, which ops can take."""
+    return "" if shard is None else f"{[*shard]!r}"
+
+
+def decode(text: str) -> Shard | None:
+    return Shard(*ast.literal_eval(text)) if text else None
+
+
+def local_head(
+    hidden_states: Any, weight: Any, bias: Any, group: Any
+) -> tuple[Any, Any, Any, Shard | None]:
+    """This rank's part of a head whose words are sharded, and which they are.
+
+    A DTensor head is taken to be so where it lies beside a group, or beside hidden states that
+    are a DTensor too (tensor parallel); else it is gathered, as FSDP's sharded heads must be.
+    """
+    parallel = hasattr(hidden_states, "to_local")
+    if group is None and not parallel:
+        return hidden_states, weight, bias, None
+    if parallel:
+        hidden_states = _replicated("hidden_states", hidden_states)
+    weight, shard = local_words("weight", weight, group, 0)
+    if bias is not None:
+        bias, _ = unwrap_words("bias", bias, 0)
+    return hidden_states, weight, bias, shard
+
+
+def _replicated(name: str, x: Any) -> Tensor:
+    """The local tensor of a DTensor that all ranks of its mesh have alike."""
+    if not all(placement.is_replicate() for placement in x.placements):
+        raise ValueError(f"{name} must be replicated over their mesh; got {x.placements}")
+    local: Tensor = x.to_local()
+    return local
 
 
 def logits_of(head: Head, hidden: Tensor, out: Tensor) -> Tensor:

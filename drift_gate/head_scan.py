@@ -12,10 +12,11 @@ from torch.library import custom_op
 
 from . import vocabulary
 from .chunks import chunks, put, take
-from .head import Head, logits_of, slices
+from .head import Head, decode, logits_of, slices
 from .head_gradients import Needs, Sums, as_gradients, empty_gradients, finish_sums, needed
 from .sparse import head_scatter
 from .torch_passes import bad_ids
+from .vocab_parallel import combine, is_bad
 from .vocabulary import Scan
 
 
@@ -27,9 +28,16 @@ class Chunk:
     ) -> None:
         self.head, self.ids, self.backend = head, ids, backend
         self.logits = logits_of(head, hidden, out)
+        shard = head.shard
+        if shard is not None:
+            self.ids = shard.own(ids, self.logits.shape[1])
         statistics = vocabulary.scan(
-            self.logits[None], ids, None, head.scale, entropy, False, backend
-        )
+            self.logits[None], ids if shard is None else self.ids.clamp(min=0), None, head.scale,
+            entropy, False, backend,
+        )  # fmt: skip
+        if shard is not None:
+            bad = is_bad(ids, shard.total)
+            statistics = combine(statistics, self.ids, bad, shard.group)
         self.gathered, self.log_probs, self.maximum, self.log_sum, self.entropy = statistics
 
     def gradient(self, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -70,13 +78,16 @@ def head_scan(
     with_entropy: bool,
     chunk_size: int,
     backend: str,
+    shard: str,
 ) -> Scan:
     """`vocabulary.scan` of the logits of hidden [N, H]; ids [N, K], valid [N] bool.
 
+    shard: which words the weight holds, see `head.encode`; ids count from the first of all.
     Differentiable in `gathered`, `log_probs` and `log_sum`.
     """
-    bad_ids(ids, valid, weight.shape[0])  # raises on a CPU, with the row's own number
-    head = Head(weight, bias, softcap, scale)
+    head = Head(weight, bias, softcap, scale, decode(shard))
+    # Raises on a CPU, with the row's own number.
+    bad_ids(ids, valid, weight.shape[0] if head.shard is None else head.shard.total)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     (n, k) = ids.shape
     shapes = (n, k), (n, k), (n,), (n,), (n * with_entropy,)
@@ -103,6 +114,7 @@ def _(
     with_entropy: bool,
     chunk_size: int,
     backend: str,
+    shard: str,
 ) -> Scan:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     n, k = ids.shape
@@ -127,9 +139,10 @@ def head_expand(
     needs: list[bool],
     chunk_size: int,
     backend: str,
+    shard: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias ([0] where not needed) from alpha [N], beta [N, K]."""
-    head, wanted = Head(weight, bias, softcap, scale), Needs(*needs)
+    head, wanted = Head(weight, bias, softcap, scale, decode(shard)), Needs(*needs)
     sums = Sums(hidden, head, wanted, chunk_size)
     buffer = new_buffer(head, len(hidden), chunk_size)
     for rows in chunks(valid, chunk_size) or []:
@@ -154,16 +167,15 @@ def _(
     needs: list[bool],
     chunk_size: int,
     backend: str,
+    shard: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_gradients(hidden, weight, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Scan) -> None:
-    hidden, weight, bias, ids, valid, ctx.softcap, ctx.scale, _, ctx.chunk_size, ctx.backend = (
-        inputs
-    )
+    *tensors, ctx.softcap, ctx.scale, _, ctx.chunk_size, ctx.backend, ctx.shard = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, ids, valid, output[0])
+    ctx.save_for_backward(*tensors, output[0])
 
 
 def _backward(
@@ -175,10 +187,13 @@ def _backward(
     grad_entropy: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, ids, valid, gathered = ctx.saved_tensors
-    needs, nothing = needed(ctx), (None,) * 7
+    needs, nothing = needed(ctx), (None,) * 8
     if grad_log_probs is None and grad_log_sum is None:
         if grad_gathered is None:
             return None, None, None, *nothing
+        shard = decode(ctx.shard)
+        if shard is not None:
+            ids = shard.own(ids, weight.shape[0])
         sparse = head_scatter(
             hidden, weight, bias, ids, valid, gathered, grad_gathered, ctx.softcap, ctx.scale,
             needs, ctx.backend,
@@ -187,7 +202,7 @@ def _backward(
     alpha, beta = vocabulary.coefficients(gathered, grad_gathered, grad_log_probs, grad_log_sum)
     dense = head_expand(
         hidden, weight, bias, ids, valid, alpha, beta, ctx.softcap, ctx.scale, needs,
-        ctx.chunk_size, ctx.backend,
+        ctx.chunk_size, ctx.backend, ctx.shard,
     )  # fmt: skip
     return *as_gradients(dense, needs), *nothing
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .chunks import chunks, take
+from .chunks import Rows, chunks, take
 from .deferred import (
     DeferredWeights,
     GateRules,
@@ -23,7 +23,7 @@ from .deferred import (
     all_weights,
     block_leaders,
 )
-from .head import Head
+from .head import Head, decode
 from .head_gradients import Needs, Sums, finish_sums, sum_shapes
 from .head_losses import Common, Divergence, HeadLoss, Listed, SampledToken, Teacher
 
@@ -43,6 +43,8 @@ class Settings(NamedTuple):
     entropy: bool
     needs: list[bool]
     backend: str
+    shard: str
+    """See `head.encode`."""
 
     def encode(self) -> str:
         return _literal(self)
@@ -71,7 +73,7 @@ def head_step(
     cu_seqlens: Tensor | None,
     coefficient: Tensor,
     targets: list[Tensor],
-    known: Tensor | None,
+    weights: Tensor | None,
     length: int,
     settings: str,
 ) -> list[Tensor]:
@@ -82,7 +84,7 @@ def head_step(
         labels, old, valid, spans: [N]; cu_seqlens [B + 1], else `length` rows are a sequence.
         coefficient: [N], see `RowData`.
         targets: the teacher's data, see `make_loss`.
-        known: [N] log-probs where the caller has them; the gates then are those of `known`.
+        weights: [N], w where it is known beforehand.
 
     Returns:
         the sums of `sum_shapes` (to be multiplied by the next), [] divisor's inverse 1 / mean(u),
@@ -90,13 +92,13 @@ def head_step(
     """
     chosen = Settings.decode(settings)
     needs, gate = Needs(*chosen.needs), GateRules(*chosen.gate)
-    head = Head(weight, bias, chosen.softcap, chosen.scale)
+    head = Head(weight, bias, chosen.softcap, chosen.scale, decode(chosen.shard))
     common = Common(hidden, head, labels, chosen.chunk_size, chosen.entropy, chosen.backend)
     loss = make_loss(common, chosen, old, targets)
     data = RowData(valid, old, spans, cu_seqlens, length, coefficient)
     sums = Sums(hidden, head, needs, chosen.chunk_size)
-    weights = _walk(loss, common, data, gate, known, sums)
-    inverse = weights.mean().reciprocal().to(coefficient.dtype)
+    found = _walk(loss, common, data, gate, weights, sums)
+    inverse = found.mean().reciprocal().to(coefficient.dtype)
     return [*sums.finish(), inverse, *loss.results]
 
 
@@ -122,28 +124,31 @@ def _walk(
     common: Common,
     data: RowData,
     gate: GateRules,
-    known: Tensor | None,
+    given: Tensor | None,
     sums: Sums,
 ) -> DeferredWeights | KnownWeights:
     """Go through the rows: results, and gradients where any are needed; how positions weigh."""
     size, wanted = common.chunk_size, any(sums.needs)
     weights: DeferredWeights | KnownWeights
-    parts = None
-    if known is None and gate.normalize != "sequence" and wanted:
+    parts: list[Rows] | None = None
+    if given is not None:
+        parts = chunks(data.valid, size) or []
+        weights = KnownWeights(given)
+    elif gate.normalize != "sequence" and wanted:
         leaders = block_leaders(data, gate, common.backend)
         parts = chunks(data.valid, size, leaders)
         weights = DeferredWeights(data, gate, leaders, common.backend)
     if parts is None:  # the gates of all rows first
         parts = chunks(data.valid, size) or []
-        if known is None:
-            for at in parts:
-                loss.values(at)
-            known = loss.results[0]
-        weights = KnownWeights(all_weights(known, data, gate, common.backend))
+        for at in parts:
+            loss.values(at)
+        weights = KnownWeights(all_weights(loss.results[0], data, gate, common.backend))
         if not wanted:
             return weights
     for at in parts:
         gates, factor = weights.of(at, loss.values(at))
+        if not wanted:
+            continue
         if factor != 1:
             sums.multiply(factor)
         h = take(common.hidden, at)
@@ -163,7 +168,7 @@ def _(
     cu_seqlens: Tensor | None,
     coefficient: Tensor,
     targets: list[Tensor],
-    known: Tensor | None,
+    weights: Tensor | None,
     length: int,
     settings: str,
 ) -> list[Tensor]:

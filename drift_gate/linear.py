@@ -1,12 +1,16 @@
 """Frontend `linear`: log-probs and logsumexp from hidden states and LM head, logits never whole."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .agreement import Meeting
 from .arguments import check_integer, check_like, flat
-from .head import Inputs, check_head
+from .head import Inputs, check_head, encode, local_head
 from .head_scan import head_scan
 from .rows import valid_rows
+from .vocab_parallel import named_group
 
 
 def linear_token_log_probs(
@@ -21,6 +25,7 @@ def linear_token_log_probs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     chunk_size: int | None = None,
+    vocab_parallel_group: Any = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """`token_log_probs` of the logits that a head makes, a chunk of rows at a time.
@@ -44,6 +49,11 @@ def linear_token_log_probs(
         ignore_index: rows with this label are not read and give 0.
         return_entropy: also return the entropy of each row's distribution.
         chunk_size: rows whose logits exist at a time; None chooses by V and device.
+        vocab_parallel_group: process group over which the words are sharded: weight [V_r, H] and
+            bias are this rank's, in the order of the ranks; everything else is the same on all of
+            them, and labels count from the first word of all. The gradient of the head is local,
+            that of the hidden states is summed over the ranks (N H numbers). A DTensor head, its
+            first dimension sharded, needs no argument beside DTensor hidden states, replicated.
         backend: "auto" (Triton on a GPU, else PyTorch), "triton", "torch" or "reference".
 
     Returns:
@@ -54,15 +64,25 @@ def linear_token_log_probs(
         ValueError, TypeError: a shape, dtype, device or option does not fit; a label outside the
             vocabulary on the CPU (on a GPU its log-prob is NaN).
     """
-    inputs = check_head(
-        hidden_states, weight, bias, softcap, logit_scale, temperature, chunk_size, backend
+    hidden_states, weight, bias, shard = local_head(
+        hidden_states, weight, bias, vocab_parallel_group
     )
-    student = inputs.student
-    check_integer("labels", labels)
-    check_like("labels", labels, student.shape, student.device, "hidden_states without H")
-    ids = flat(labels)
-    on_cpu = student.device.type == "cpu"
-    valid = valid_rows(ids, None, None, ignore_index, student.vocab, on_cpu)
+    with Meeting(vocab=named_group(shard)) as ranks:
+        ranks.expect(hidden_states)
+        inputs = check_head(
+            hidden_states, weight, bias, softcap, logit_scale, temperature, chunk_size, backend,
+            shard=shard,
+        )  # fmt: skip
+        student = inputs.student
+        check_integer("labels", labels)
+        check_like("labels", labels, student.shape, student.device, "hidden_states without H")
+        ids = flat(labels)
+        on_cpu = student.device.type == "cpu"
+        valid = valid_rows(ids, None, None, ignore_index, student.vocab, on_cpu)
+        ranks.tell(
+            labels.shape, scale=inputs.head.scale, softcap=softcap, entropy=return_entropy,
+            chunk_size=chunk_size,
+        )  # fmt: skip
     if inputs.backend == "reference":
         from . import reference
 
@@ -85,6 +105,7 @@ def linear_gather_lse(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    vocab_parallel_group: Any = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`gather_lse` of the logits that a head makes: for losses of one's own.
@@ -104,15 +125,22 @@ def linear_gather_lse(
     Raises:
         ValueError, TypeError: as in `linear_token_log_probs`; K exceeds V.
     """
-    inputs = check_head(
-        hidden_states, weight, bias, softcap, logit_scale, temperature, chunk_size, backend
+    hidden_states, weight, bias, shard = local_head(
+        hidden_states, weight, bias, vocab_parallel_group
     )
-    student = inputs.student
-    check_integer("ids", ids)
-    k, vocab = ids.shape[-1] if ids.dim() else 0, student.vocab
-    check_like("ids", ids, (*student.shape, k), student.device, "hidden_states with K for H")
-    if not 1 <= k <= vocab:
-        raise ValueError(f"ids must list between 1 and V = {vocab} words a row; got K = {k}")
+    with Meeting(vocab=named_group(shard)) as ranks:
+        ranks.expect(hidden_states)
+        inputs = check_head(
+            hidden_states, weight, bias, softcap, logit_scale, temperature, chunk_size, backend,
+            shard=shard,
+        )  # fmt: skip
+        student = inputs.student
+        check_integer("ids", ids)
+        k, vocab = ids.shape[-1] if ids.dim() else 0, student.vocab
+        check_like("ids", ids, (*student.shape, k), student.device, "hidden_states with K for H")
+        if not 1 <= k <= vocab:
+            raise ValueError(f"ids must list between 1 and V = {vocab} words a row; got K = {k}")
+        ranks.tell(ids.shape, scale=inputs.head.scale, softcap=softcap, chunk_size=chunk_size)
     rows = ids.reshape(-1, k).contiguous()
     if inputs.backend == "reference":
         from . import reference
@@ -130,15 +158,15 @@ def scan_head(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`head_scan` of checked arguments; `dense` where its gradient is."""
     size = inputs.chunk_size if dense else inputs.scan_size
-    weight, bias, softcap, scale = inputs.head
+    weight, bias, softcap, scale, shard = inputs.head
     return head_scan(
         inputs.hidden, weight, bias, ids, valid, softcap, scale, with_entropy, size,
-        inputs.backend,
+        inputs.backend, encode(shard),
     )  # fmt: skip
 
 
 def eager_logits(inputs: Inputs) -> Tensor:
     """Differentiable logits [N, V] before the scale, as eager code makes them: the reference."""
-    weight, bias, softcap, _ = inputs.head
+    weight, bias, softcap, *_ = inputs.head
     z = torch.nn.functional.linear(inputs.hidden, weight, bias)
     return softcap * torch.tanh(z / softcap) if softcap else z

@@ -1,11 +1,12 @@
 """`linear_full_loss`: the whole vocabulary, from the hidden states of student and teacher."""
 
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
+from .agreement import Meeting
 from .arguments import check_number, check_option
-from .batch import Batch, Sizes, Student, finish, prepare
+from .batch import Batch, Gate, Sizes, Student, complete, finish, prepare
 from .full import shared_words
 from .gate import DriftGate
 from .head import Inputs, check_head
@@ -34,7 +35,7 @@ def linear_full_loss(
     teacher_bias: Tensor | None = None,
     teacher_softcap: float | None = None,
     teacher_logit_scale: float = 1.0,
-    gate: DriftGate | None = DriftGate(),  # noqa: B008  (frozen)
+    gate: Gate = DriftGate(),  # noqa: B008  (frozen)
     response_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     span_ids: Tensor | None = None,
@@ -45,6 +46,9 @@ def linear_full_loss(
     dp_size: int = 1,
     global_batch_size: float | Tensor | None = None,
     loss_scale_factor: float | None = None,
+    group: Any = None,
+    context_parallel_group: Any = None,
+    position_ids: Tensor | None = None,
     vocab_size: int | None = None,
     return_entropy: bool = False,
     validate: bool = False,
@@ -71,35 +75,48 @@ def linear_full_loss(
     Raises:
         ValueError, TypeError: as `full_loss` and `linear_token_log_probs`.
     """
-    check_option("direction", direction, get_args(Direction))
-    check_beta(beta)
-    inputs = check_head(
-        hidden_states, weight, bias, softcap, logit_scale, temperature, chunk_size, backend
-    )
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    check_number("teacher_temperature", teacher_temperature, above=0)
-    theirs = check_head(
-        teacher_hidden_states.detach(), teacher_weight.detach(), teacher_bias, teacher_softcap,
-        teacher_logit_scale, teacher_temperature, chunk_size, "torch", "teacher_",
-    )  # fmt: skip
-    inputs = inputs._replace(student=_shared(inputs, theirs, vocab_size))
-    batch = prepare(
-        inputs.student, labels, old_log_probs, gate=gate, response_mask=response_mask,
-        cu_seqlens=cu_seqlens, span_ids=span_ids, temperature=temperature,
-        ignore_index=ignore_index, loss_agg_mode=loss_agg_mode, batch_num_tokens=batch_num_tokens,
-        dp_size=dp_size, global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
-        validate=validate, backend=inputs.backend,
-    )  # fmt: skip
-    sizes = batch_num_tokens, dp_size, global_batch_size, loss_scale_factor
+    with Meeting(group, context_parallel_group, position_ids) as ranks:
+        ranks.expect(hidden_states, validate)
+        check_option("direction", direction, get_args(Direction))
+        check_beta(beta)
+        inputs = check_head(
+            hidden_states, weight, bias, softcap, logit_scale, temperature, chunk_size, backend
+        )
+        if teacher_temperature is None:
+            teacher_temperature = temperature
+        check_number("teacher_temperature", teacher_temperature, above=0)
+        theirs = check_head(
+            teacher_hidden_states.detach(), teacher_weight.detach(), teacher_bias, teacher_softcap,
+            teacher_logit_scale, teacher_temperature, chunk_size, "torch", "teacher_",
+        )  # fmt: skip
+        inputs = inputs._replace(student=_shared(inputs, theirs, vocab_size))
+        batch = prepare(
+            inputs.student, labels, old_log_probs, gate=gate, response_mask=response_mask,
+            cu_seqlens=cu_seqlens, span_ids=span_ids, temperature=temperature,
+            ignore_index=ignore_index, loss_agg_mode=loss_agg_mode,
+            batch_num_tokens=batch_num_tokens, dp_size=dp_size,
+            global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
+            validate=validate, backend=inputs.backend, ranks=ranks, position_ids=position_ids,
+        )  # fmt: skip
+        ranks.tell(direction=direction, beta=beta)
+    options: list[Any] = [inputs.student.vocab, direction, float(beta)]
     if batch.backend == "reference":
-        return _reference(
+        sizes = batch_num_tokens, dp_size, global_batch_size, loss_scale_factor
+        output = _reference(
             batch, inputs, theirs, direction, float(beta), loss_agg_mode, sizes, return_entropy
         )
+    else:
+        output = _fused(batch, inputs, theirs, options, return_entropy)
+    return detached_tokens(batch, complete(batch, output))
+
+
+def _fused(
+    batch: Batch, inputs: Inputs, theirs: Inputs, options: list[Any], return_entropy: bool
+) -> LossOutput:
+    """Gradients formed in the forward, or with "none" in the backward."""
     head = theirs.head
-    targets = [x for x in (theirs.hidden, head.weight, head.bias) if x is not None]
-    targets = [x.detach() for x in targets]
-    options = [inputs.student.vocab, direction, float(beta), head.softcap, head.scale]
+    options = [*options, head.softcap, head.scale]
+    targets = [x.detach() for x in (theirs.hidden, head.weight, head.bias) if x is not None]
     if batch.reduce.none:
         settings = settings_of(batch, inputs, "full", options, return_entropy)
         weight, bias, *_ = inputs.head
@@ -149,5 +166,4 @@ def _reference(
         batch.valid, 1 / inputs.head.scale, 1 / theirs.head.scale, direction, beta,
     )  # fmt: skip
     shown = entropy.detach() if return_entropy else None
-    result = reference.finish(batch, log_probs.detach(), shown, losses, loss_agg_mode, sizes)
-    return detached_tokens(batch, result)
+    return reference.finish(batch, log_probs.detach(), shown, losses, loss_agg_mode, sizes)

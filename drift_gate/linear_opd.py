@@ -1,15 +1,19 @@
 """`linear_opd_loss`: the gated sampled-token loss from hidden states and LM head."""
 
+from typing import Any
+
 from torch import Tensor
 
+from .agreement import Meeting
 from .arguments import check_integer
-from .batch import finish, prepare
+from .batch import Gate, complete, finish, prepare
 from .gate import DriftGate
-from .head import check_head
+from .head import check_head, local_head
 from .linear import eager_logits, scan_head
 from .linear_step import detached_tokens, step
 from .losses import check_old, check_options
 from .outputs import LossOutput
+from .vocab_parallel import named_group
 
 
 def linear_opd_loss(
@@ -23,7 +27,7 @@ def linear_opd_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
-    gate: DriftGate | None = DriftGate(),  # noqa: B008  (frozen)
+    gate: Gate = DriftGate(),  # noqa: B008  (frozen)
     response_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     span_ids: Tensor | None = None,
@@ -39,6 +43,10 @@ def linear_opd_loss(
     dp_size: int = 1,
     global_batch_size: float | Tensor | None = None,
     loss_scale_factor: float | None = None,
+    group: Any = None,
+    context_parallel_group: Any = None,
+    position_ids: Tensor | None = None,
+    vocab_parallel_group: Any = None,
     return_entropy: bool = False,
     validate: bool = False,
     backend: str = "auto",
@@ -71,20 +79,28 @@ def linear_opd_loss(
     Raises:
         ValueError, TypeError: as `opd_loss` and `linear_token_log_probs`.
     """
-    check_options(estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip)
-    check_integer("labels", labels)
-    inputs = check_head(
-        hidden_states, weight, bias, softcap, logit_scale, temperature, chunk_size, backend
+    hidden_states, weight, bias, shard = local_head(
+        hidden_states, weight, bias, vocab_parallel_group
     )
-    batch = prepare(
-        inputs.student, labels, old_log_probs, gate=gate, response_mask=response_mask,
-        cu_seqlens=cu_seqlens, span_ids=span_ids, temperature=temperature,
-        ignore_index=ignore_index, loss_agg_mode=loss_agg_mode, batch_num_tokens=batch_num_tokens,
-        dp_size=dp_size, global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
-        validate=validate, backend=inputs.backend,
-    )  # fmt: skip
-    check_old(batch, estimator)
-    teacher = batch.row_data("teacher_log_probs", teacher_log_probs)
+    with Meeting(group, context_parallel_group, position_ids, named_group(shard)) as ranks:
+        ranks.expect(hidden_states, validate)
+        check_options(estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip)
+        check_integer("labels", labels)
+        inputs = check_head(
+            hidden_states, weight, bias, softcap, logit_scale, temperature, chunk_size, backend,
+            shard=shard,
+        )  # fmt: skip
+        batch = prepare(
+            inputs.student, labels, old_log_probs, gate=gate, response_mask=response_mask,
+            cu_seqlens=cu_seqlens, span_ids=span_ids, temperature=temperature,
+            ignore_index=ignore_index, loss_agg_mode=loss_agg_mode,
+            batch_num_tokens=batch_num_tokens, dp_size=dp_size,
+            global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
+            validate=validate, backend=inputs.backend, ranks=ranks, position_ids=position_ids,
+        )  # fmt: skip
+        check_old(batch, estimator)
+        teacher = batch.row_data("teacher_log_probs", teacher_log_probs)
+        ranks.tell(estimator=estimator, softcap=softcap, chunk_size=chunk_size)
     clips = clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip
     if batch.backend == "reference":
         from . import reference
@@ -92,18 +108,20 @@ def linear_opd_loss(
         sizes = batch_num_tokens, dp_size, global_batch_size, loss_scale_factor
         batch = batch._replace(temperature=1 / inputs.head.scale)
         logits = eager_logits(inputs)
-        result = reference.opd_loss(
+        output = reference.opd_loss(
             batch, logits, teacher, estimator, clips, loss_agg_mode, sizes, return_entropy
         )
-        return detached_tokens(batch, result)
-    assert batch.ids is not None
-    if batch.reduce.none:
+    elif batch.reduce.none:
+        assert batch.ids is not None
         _, scanned, _, _, entropy = scan_head(
             inputs, batch.ids[:, None], batch.valid, return_entropy
         )
         shown = entropy.detach() if return_entropy else None
-        return finish(batch, scanned[:, 0], shown, teacher, estimator, clips)
-    done = step(batch, inputs, "sampled", [estimator, *clips], [teacher], None, return_entropy)
-    log_probs, *shown_entropy = done.results
-    entropy_or_none = shown_entropy[0] if return_entropy else None
-    return done.attach(finish(batch, log_probs, entropy_or_none, teacher, estimator, clips))
+        output = finish(batch, scanned[:, 0], shown, teacher, estimator, clips)
+    else:
+        done = step(batch, inputs, "sampled", [estimator, *clips], [teacher], None, return_entropy)
+        log_probs, *shown_entropy = done.results
+        entropy_or_none = shown_entropy[0] if return_entropy else None
+        output = finish(batch, log_probs, entropy_or_none, teacher, estimator, clips)
+        output = done.attach(output)
+    return detached_tokens(batch, complete(batch, output))

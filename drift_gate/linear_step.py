@@ -7,8 +7,10 @@ from torch import Tensor
 
 from . import rows
 from .batch import Batch
-from .head import Inputs
+from .gating import gated, unit_weights
+from .head import Inputs, encode
 from .head_step import Settings, attach, head_step
+from .linear import scan_head
 from .outputs import LossOutput
 
 
@@ -21,15 +23,24 @@ def step(
     known: Tensor | None,
     return_entropy: bool,
 ) -> "Step":
-    """Run `head_step`: gradients are formed where autograd will ask for them."""
+    """Run `head_step`: gradients are formed where autograd will ask for them.
+
+    known: [N] log-probs of the labels where the caller has them; the gates are then of these.
+    """
     weight, bias, *_ = inputs.head
+    gating = batch.gating
+    if gating.context is not None and gating.gate is not None and known is None:
+        known = _log_probs(batch, inputs)  # a block's rows lie on several ranks
+    weights = gating.weights
+    if known is not None:
+        weights = unit_weights(gating, known, batch.old, batch.valid)
     coefficient, largest = _coefficients(batch)
     settings = settings_of(batch, inputs, kind, options, return_entropy)
     layout = batch.layout
     of_hidden, of_weight, rest, of_bias, inverse, *results = head_step(
         inputs.hidden.detach(), weight.detach(), None if bias is None else bias.detach(),
-        batch.ids, batch.old, batch.valid, batch.spans, layout.cu_seqlens, coefficient, targets,
-        known, layout.length, settings,
+        batch.ids, batch.old, batch.valid, gating.spans, layout.cu_seqlens, coefficient, targets,
+        weights, layout.length, settings,
     )  # fmt: skip
     factor = largest * inverse
     if batch.reduce.divisor is not None:
@@ -75,17 +86,24 @@ def settings_of(
     batch: Batch, inputs: Inputs, kind: str, options: list[Any], return_entropy: bool
 ) -> str:
     """`Settings` of checked arguments, encoded."""
-    gate = batch.gate
+    gate = batch.gating.gate
     rules = ("token", 1, "mean", 0.0, "off")
     if gate is not None:
         rules = (
             gate.granularity, gate.block_size, gate.aggregate, float(gate.tau), gate.normalize
         )  # fmt: skip
-    *_, softcap, scale = inputs.head
+    _, _, softcap, scale, shard = inputs.head
     return Settings(
         kind, options, rules, softcap, scale, inputs.chunk_size, return_entropy, _needs(inputs),
-        inputs.backend,
+        inputs.backend, encode(shard),
     ).encode()  # fmt: skip
+
+
+@torch.no_grad()
+def _log_probs(batch: Batch, inputs: Inputs) -> Tensor:
+    """Of the labels, [N]; a product with the head of its own."""
+    assert batch.ids is not None
+    return scan_head(inputs, batch.ids[:, None], batch.valid, False, dense=False)[1][:, 0]
 
 
 def _needs(inputs: Inputs) -> list[bool]:
@@ -99,15 +117,13 @@ def _coefficients(batch: Batch) -> tuple[Tensor, Tensor]:
     """d loss / d (w L) of each row [N] over the largest of them, and the largest."""
     dtype, valid, reduce = batch.student.dtype, batch.valid, batch.reduce
     zeros = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
-    sequences = batch.layout.cu_seqlens, batch.layout.length
     blocks = None
-    if reduce.token_mean or reduce.denominator == "sequences":
-        blocks, _ = rows.row_blocks(
-            zeros, None, valid, None, *sequences, "token", 1, "mean", True, batch.backend
-        )
+    if batch.counts:
+        ungated = batch.gating._replace(gate=None, weights=None)
+        blocks = gated(ungated, zeros, None, valid, True).blocks
     _, row_data, _ = rows.sampled_token(
-        zeros, None, zeros, valid, blocks, *sequences, 0.0, "off", "given", 0.2, 0.2, 3.0, None,
-        reduce.factor, reduce.denominator, reduce.token_mean, batch.backend,
+        zeros, None, zeros, valid, blocks, *batch.sequences, 0.0, "off", "given", 0.2, 0.2, 3.0,
+        None, reduce.factor, reduce.denominator, reduce.token_mean, batch.backend,
     )  # fmt: skip
     coefficient = row_data[3]
     largest = torch.nn.functional.pad(coefficient, (0, 1)).max()

@@ -1,11 +1,14 @@
 """`linear_topk_loss`: the teacher's K likeliest words, from hidden states and LM head."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .batch import Batch, prepare
+from .agreement import Meeting
+from .batch import Batch, Gate, complete, prepare
 from .gate import DriftGate
-from .head import Inputs, check_head
+from .head import Inputs, check_head, local_head
 from .linear import eager_logits, scan_head
 from .linear_step import detached_tokens, step
 from .outputs import LossOutput
@@ -20,6 +23,7 @@ from .topk_lists import (
     take_lists,
     with_label,
 )
+from .vocab_parallel import from_owners, named_group
 
 
 def linear_topk_loss(
@@ -38,7 +42,7 @@ def linear_topk_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
-    gate: DriftGate | None = DriftGate(),  # noqa: B008  (frozen)
+    gate: Gate = DriftGate(),  # noqa: B008  (frozen)
     response_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     span_ids: Tensor | None = None,
@@ -49,6 +53,10 @@ def linear_topk_loss(
     dp_size: int = 1,
     global_batch_size: float | Tensor | None = None,
     loss_scale_factor: float | None = None,
+    group: Any = None,
+    context_parallel_group: Any = None,
+    position_ids: Tensor | None = None,
+    vocab_parallel_group: Any = None,
     return_entropy: bool = False,
     validate: bool = False,
     backend: str = "auto",
@@ -76,27 +84,33 @@ def linear_topk_loss(
         ValueError, TypeError: as `topk_loss` and `linear_token_log_probs`; log_probs without
             labels.
     """
-    check_divergence(direction, support, beta)
-    inputs = check_head(
-        hidden_states, weight, bias, softcap, logit_scale, temperature, chunk_size, backend
+    hidden_states, weight, bias, shard = local_head(
+        hidden_states, weight, bias, vocab_parallel_group
     )
-    batch = prepare(
-        inputs.student, labels, old_log_probs, gate=gate, response_mask=response_mask,
-        cu_seqlens=cu_seqlens, span_ids=span_ids, temperature=temperature,
-        ignore_index=ignore_index, loss_agg_mode=loss_agg_mode, batch_num_tokens=batch_num_tokens,
-        dp_size=dp_size, global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
-        validate=validate, backend=inputs.backend,
-    )  # fmt: skip
-    kind = Kind(direction, support, float(beta))
-    batch, lists = take_lists(
-        batch, teacher_topk_ids, teacher_topk_log_probs, support, validate=validate
-    )
-    known = None
-    if log_probs is not None:
-        if labels is None:
-            raise ValueError("labels must be a tensor where log_probs are given; got None")
-        known = batch.row_data("log_probs", log_probs)
-        known = torch.where(batch.valid, known, 0)
+    with Meeting(group, context_parallel_group, position_ids, named_group(shard)) as ranks:
+        ranks.expect(hidden_states, validate)
+        check_divergence(direction, support, beta)
+        inputs = check_head(
+            hidden_states, weight, bias, softcap, logit_scale, temperature, chunk_size, backend,
+            shard=shard,
+        )  # fmt: skip
+        batch = prepare(
+            inputs.student, labels, old_log_probs, gate=gate, response_mask=response_mask,
+            cu_seqlens=cu_seqlens, span_ids=span_ids, temperature=temperature,
+            ignore_index=ignore_index, loss_agg_mode=loss_agg_mode,
+            batch_num_tokens=batch_num_tokens, dp_size=dp_size,
+            global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
+            validate=validate, backend=inputs.backend, ranks=ranks, position_ids=position_ids,
+        )  # fmt: skip
+        kind = Kind(direction, support, float(beta))
+        batch, lists = take_lists(
+            batch, teacher_topk_ids, teacher_topk_log_probs, support, validate=validate
+        )
+        known = _known(batch, log_probs)
+        ranks.tell(
+            kind=kind, softcap=softcap, chunk_size=chunk_size, entropy=return_entropy,
+            log_probs=known is not None,
+        )  # fmt: skip
     if batch.backend == "reference":
         from . import reference_topk
 
@@ -112,7 +126,16 @@ def linear_topk_loss(
         result = _anew(batch, inputs, lists, kind, known, return_entropy)
     else:
         result = _deferred(batch, inputs, lists, kind, known, return_entropy)
-    return detached_tokens(batch, result)
+    return detached_tokens(batch, complete(batch, result))
+
+
+def _known(batch: Batch, log_probs: Tensor | None) -> Tensor | None:
+    """The caller's log-probs of the labels [N], checked; 0 where not valid."""
+    if log_probs is None:
+        return None
+    if batch.ids is None:
+        raise ValueError("labels must be a tensor where log_probs are given; got None")
+    return torch.where(batch.valid, batch.row_data("log_probs", log_probs), 0)
 
 
 def _sparse(
@@ -126,10 +149,16 @@ def _sparse(
     """Scores of the listed words alone have a gradient."""
     if return_entropy or (batch.ids is not None and known is None):
         return _anew(batch, inputs, lists, kind, known, return_entropy)
-    weight, bias, softcap, scale = inputs.head
+    weight, bias, softcap, scale, shard = inputs.head
+    words = lists.words
+    if shard is not None:
+        words = shard.own(words, weight.shape[0]).clamp(min=0)
     scores = head_gather(
-        inputs.hidden, weight, bias, lists.words, batch.valid, softcap, scale, inputs.backend
+        inputs.hidden, weight, bias, words, batch.valid, softcap, scale, inputs.backend
     )
+    if shard is not None:
+        local = shard.own(lists.words, weight.shape[0])
+        scores = from_owners(scores, lists.words, local, shard)
     now = torch.zeros_like(scores[:, 0]) if known is None else known
     return finish_lists(batch, lists, kind, scores, None, now, None)
 

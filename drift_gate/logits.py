@@ -1,8 +1,11 @@
 """Frontend `logits`: log-probs and logsumexp of logits that the model has produced."""
 
+from typing import Any
+
 from torch import Tensor
 
-from . import vocabulary
+from . import vocab_parallel
+from .agreement import Meeting
 from .arguments import (
     as_batch,
     check_integer,
@@ -11,8 +14,8 @@ from .arguments import (
     check_number,
     flat,
 )
-from .backends import resolve
 from .rows import valid_rows
+from .vocab_parallel import Shard, local_words, named_group, resolve_for
 
 
 def token_log_probs(
@@ -23,6 +26,7 @@ def token_log_probs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     inplace_backward: bool = False,
+    vocab_parallel_group: Any = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each label under softmax(logits / temperature), without a [tokens, V] temporary.
@@ -39,6 +43,7 @@ def token_log_probs(
             [tokens, V] tensor; the logits are lost, and autograd refuses whatever still needs
             them, a second backward included. Where `torch.compile` traces the call, the compiler
             decides whether to reuse the memory.
+        vocab_parallel_group: process group over which the words are sharded, see `opd_loss`.
         backend: "auto" (Triton on a GPU, else PyTorch), "triton", "torch" or "reference".
 
     Returns:
@@ -50,14 +55,19 @@ def token_log_probs(
             vocabulary raises ValueError on the CPU; on a GPU its log-prob is NaN, and nothing
             outside the row is read.
     """
-    check_logits(logits)
-    check_integer("labels", labels)
-    check_like("labels", labels, logits.shape[:-1], logits.device, "logits without V")
-    check_number("temperature", temperature, above=0)
-    chosen = resolve(backend, logits)
-    ids = flat(labels)
-    on_cpu = logits.device.type == "cpu"
-    valid = valid_rows(ids, None, None, ignore_index, logits.shape[-1], on_cpu)
+    logits, shard = local_words("logits", logits, vocab_parallel_group, -1)
+    with Meeting(vocab=named_group(shard)) as ranks:
+        ranks.expect(logits)
+        check_logits(logits)
+        check_integer("labels", labels)
+        check_like("labels", labels, logits.shape[:-1], logits.device, "logits without V")
+        check_number("temperature", temperature, above=0)
+        chosen = resolve_for(backend, logits, shard)
+        ids = flat(labels)
+        on_cpu = logits.device.type == "cpu"
+        vocab = logits.shape[-1] if shard is None else shard.total
+        valid = valid_rows(ids, None, None, ignore_index, vocab, on_cpu)
+        ranks.tell(labels.shape, temperature=temperature, entropy=return_entropy)
     if chosen == "reference":
         from . import reference
 
@@ -66,7 +76,7 @@ def token_log_probs(
         entropy = all_entropy.detach() if return_entropy else None
     else:
         log_probs, entropy = label_log_probs(
-            logits, ids, valid, temperature, return_entropy, inplace_backward, chosen
+            logits, ids, valid, temperature, return_entropy, inplace_backward, chosen, shard
         )
     shape = labels.shape
     return log_probs.view(shape), None if entropy is None else entropy.view(shape)
@@ -80,17 +90,23 @@ def label_log_probs(
     with_entropy: bool,
     inplace_backward: bool,
     backend: str,
+    shard: Shard | None,
 ) -> tuple[Tensor, Tensor | None]:
     """`token_log_probs` on checked arguments: ids [N], valid [N] -> [N], and [N] or None."""
-    _, log_probs, _, _, entropy = vocabulary.scan(
+    _, log_probs, _, _, entropy = vocab_parallel.scan(
         as_batch(logits), ids[:, None], valid, 1 / temperature,
-        with_entropy, inplace_backward, backend,
+        with_entropy, inplace_backward, backend, shard,
     )  # fmt: skip
     return log_probs[:, 0], entropy.detach() if with_entropy else None
 
 
 def gather_lse(
-    logits: Tensor, ids: Tensor, *, temperature: float = 1.0, backend: str = "auto"
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_parallel_group: Any = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Listed logits and logsumexp of each row: what any loss on a few words needs.
 
@@ -102,6 +118,8 @@ def gather_lse(
         logits: [..., V], [N, V] or [B, T, V], as in `token_log_probs`.
         ids: [..., K] int64 or int32, 1 <= K <= V; listing an id twice is allowed.
         temperature: divides the logits; greater than 0.
+        vocab_parallel_group: process group over which the words are sharded, see `opd_loss`: all
+            of its ranks are to compute one and the same loss of z_ids and lse.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -111,22 +129,27 @@ def gather_lse(
     Raises:
         ValueError, TypeError: as in `token_log_probs`; K exceeds V.
     """
-    check_logits(logits)
-    check_integer("ids", ids)
-    k, vocab = ids.shape[-1] if ids.dim() else 0, logits.shape[-1]
-    check_like("ids", ids, (*logits.shape[:-1], k), logits.device, "logits with K for V")
-    if not 1 <= k <= vocab:
-        raise ValueError(f"ids must list between 1 and V = {vocab} words a row; got K = {k}")
-    check_number("temperature", temperature, above=0)
-    chosen = resolve(backend, logits)
+    logits, shard = local_words("logits", logits, vocab_parallel_group, -1)
+    with Meeting(vocab=named_group(shard)) as ranks:
+        ranks.expect(logits)
+        check_logits(logits)
+        check_integer("ids", ids)
+        k, vocab = ids.shape[-1] if ids.dim() else 0, logits.shape[-1]
+        vocab = vocab if shard is None else shard.total
+        check_like("ids", ids, (*logits.shape[:-1], k), logits.device, "logits with K for V")
+        if not 1 <= k <= vocab:
+            raise ValueError(f"ids must list between 1 and V = {vocab} words a row; got K = {k}")
+        check_number("temperature", temperature, above=0)
+        chosen = resolve_for(backend, logits, shard)
+        ranks.tell(ids.shape, temperature=temperature)
     rows = ids.reshape(-1, k).contiguous()
     if chosen == "reference":
         from . import reference
 
         z, lse = reference.gather_lse(logits.reshape(-1, vocab), rows, temperature)
     else:
-        z, _, maximum, log_sum, _ = vocabulary.scan(
-            as_batch(logits), rows, None, 1 / temperature, False, False, chosen
+        z, _, maximum, log_sum, _ = vocab_parallel.scan(
+            as_batch(logits), rows, None, 1 / temperature, False, False, chosen, shard
         )
         lse = maximum.detach() + log_sum
     return z.view(ids.shape), lse.view(ids.shape[:-1])

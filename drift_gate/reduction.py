@@ -36,8 +36,12 @@ def reduction(
     global_batch_size: float | Tensor | None,
     loss_scale_factor: float | None,
     layout: Layout,
+    single: bool,
 ) -> Reduction:
-    """Translate verl's `agg_loss` arguments; raises ValueError where they do not fit."""
+    """Translate verl's `agg_loss` arguments; raises ValueError where they do not fit.
+
+    `single`: the call sees all of the batch, nothing else counts what it does not see.
+    """
     check_option("loss_agg_mode", mode, LOSS_AGG_MODES)
     check_number("dp_size", dp_size, above=0)
     by_sequence = mode.startswith("seq-")
@@ -49,8 +53,10 @@ def reduction(
     if mode == "token-sum":
         return Reduction(factor, "given", False)
     if size is None:
-        if dp_size > 1:
-            raise ValueError(f"{name} must be given where dp_size > 1 (dp_size = {dp_size})")
+        if dp_size > 1 and single:
+            raise ValueError(
+                f"{name} must be given where dp_size > 1 and there is no group (it is {dp_size})"
+            )
         denominator = "sequences" if by_sequence else "tokens"
     elif isinstance(size, Tensor):
         if size.numel() != 1:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .arguments import Layout
-from .batch import Batch, Clips, Sizes
+from .batch import TOTALS, Batch, Clips, Sizes
 from .gate import DriftGate
-from .outputs import GateOutput, LossOutput
+from .outputs import GateOutput, LossOutput, Metrics
 
 Slices = list[slice]
 
@@ -253,6 +253,19 @@ def opd_loss(
     return result
 
 
+def totals(batch: Batch, metrics: Metrics) -> Metrics:
+    """What `scope.rescale` needs to join this call with the rest of its batch."""
+    valid, gate = batch.valid, batch.gating.gate
+    tokens = size = valid.sum().double()
+    if batch.reduce.denominator == "sequences":
+        some = [valid[rows].any() for rows in sequences_of(batch.layout)]
+        size = torch.stack(some).sum().double()
+    log_gate = torch.zeros_like(tokens)
+    if gate is not None and gate.normalize == "batch" and valid.any():
+        log_gate = metrics["gate_mean_raw"].double().log()
+    return dict(zip(TOTALS, (log_gate, tokens, size), strict=True))
+
+
 def finish(
     batch: Batch,
     log_probs: Tensor,
@@ -262,17 +275,20 @@ def finish(
     sizes: Sizes,
 ) -> LossOutput:
     """Gate and reduce position losses [N]; log_probs [N] are the labels', detached."""
-    valid, layout, gate = batch.valid, batch.layout, batch.gate
+    valid, layout = batch.valid, batch.layout
+    gate, given, spans, *_ = batch.gating
     old = log_probs if batch.old is None else torch.where(valid, batch.old, 0)
     if gate is None:
-        w = valid.to(log_probs.dtype)
+        w = valid.to(log_probs.dtype) if given is None else torch.where(valid, given, 0)
         drift = torch.zeros_like(w) if batch.old is None else old - log_probs
         metrics = gate_metrics(w, w, drift, valid)
     else:
-        w, drift, _, metrics = gate_weights(log_probs, old, valid, layout, batch.spans, gate)
+        w, drift, _, metrics = gate_weights(log_probs, old, valid, layout, spans, gate)
     metrics["ppo_kl"] = mean(drift.clamp(-20, 20), valid)
     if entropy is not None:
         metrics["entropy"] = mean(entropy, valid)
+    if not batch.scope.single:
+        metrics.update(totals(batch, metrics))
     token_loss = torch.where(valid, w * loss, 0)
     total = aggregate_loss(token_loss, valid, sequences_of(layout), loss_agg_mode, sizes, layout)
 

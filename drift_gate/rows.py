@@ -136,6 +136,13 @@ def _(
     return rows, log_probs.new_empty(n, dtype=torch.int32)
 
 
+def number_blocks(first: Tensor) -> Tensor:
+    """Number blocks in the order in which they begin, from the first valid row of each row's."""
+    begins = first == torch.arange(first.shape[0], device=first.device)
+    number = begins.cumsum(0) - 1
+    return torch.where(first >= 0, number[first.clamp(min=0).long()], -1)
+
+
 @custom_op("drift_gate::sampled_token", mutates_args=())
 def sampled_token(
     log_probs: Tensor,
@@ -165,7 +172,8 @@ def sampled_token(
             and stand in the place of the teacher's log-probs.
         valid: [N] bool.
         blocks: rows of `row_blocks`; None where there is neither a gate nor a count.
-        normalize: "batch", "sequence" or "none" as in `DriftGate`; "off" without a gate.
+        normalize: "batch", "sequence" or "none" as in `DriftGate`; "off" without a gate; "given"
+            where the second row of `blocks` holds the weights themselves.
         factor: multiplies the sum over the rows.
         denominator: what else divides it: "given" (nothing), the valid "tokens", or the
             "sequences" that have any.

@@ -1,12 +1,14 @@
 """`topk_loss`: distillation from the teacher's K likeliest words, from logits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import vocabulary
+from . import vocab_parallel
+from .agreement import Meeting
 from .arguments import as_batch
-from .backends import resolve
-from .batch import Batch, of_logits, prepare
+from .batch import Batch, Gate, complete, of_logits, prepare
 from .gate import DriftGate
 from .outputs import LossOutput
 from .topk_lists import (
@@ -19,6 +21,7 @@ from .topk_lists import (
     take_lists,
     with_label,
 )
+from .vocab_parallel import local_words, named_group, resolve_for
 
 
 def topk_loss(
@@ -31,7 +34,7 @@ def topk_loss(
     direction: Direction = "reverse",
     support: Support = "renormalized",
     beta: float = 0.5,
-    gate: DriftGate | None = DriftGate(),  # noqa: B008  (frozen)
+    gate: Gate = DriftGate(),  # noqa: B008  (frozen)
     response_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     span_ids: Tensor | None = None,
@@ -42,6 +45,10 @@ def topk_loss(
     dp_size: int = 1,
     global_batch_size: float | Tensor | None = None,
     loss_scale_factor: float | None = None,
+    group: Any = None,
+    context_parallel_group: Any = None,
+    position_ids: Tensor | None = None,
+    vocab_parallel_group: Any = None,
     return_entropy: bool = False,
     inplace_backward: bool = False,
     validate: bool = False,
@@ -85,26 +92,34 @@ def topk_loss(
         ValueError, TypeError: as `opd_loss`; K exceeds V; K = 1 with the renormalised support,
             which is 0 whatever the student does.
     """
-    check_divergence(direction, support, beta)
-    batch = prepare(
-        of_logits(logits), labels, old_log_probs, gate=gate, response_mask=response_mask,
-        cu_seqlens=cu_seqlens, span_ids=span_ids, temperature=temperature,
-        ignore_index=ignore_index, loss_agg_mode=loss_agg_mode, batch_num_tokens=batch_num_tokens,
-        dp_size=dp_size, global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
-        validate=validate, backend=resolve(backend, logits),
-    )  # fmt: skip
-    kind = Kind(direction, support, float(beta))
-    batch, lists = take_lists(
-        batch, teacher_topk_ids, teacher_topk_log_probs, support, validate=validate
-    )
+    logits, shard = local_words("logits", logits, vocab_parallel_group, -1)
+    with Meeting(group, context_parallel_group, position_ids, named_group(shard)) as ranks:
+        ranks.expect(logits, validate)
+        check_divergence(direction, support, beta)
+        batch = prepare(
+            of_logits(logits, shard), labels, old_log_probs, gate=gate,
+            response_mask=response_mask, cu_seqlens=cu_seqlens, span_ids=span_ids,
+            temperature=temperature, ignore_index=ignore_index, loss_agg_mode=loss_agg_mode,
+            batch_num_tokens=batch_num_tokens, dp_size=dp_size,
+            global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
+            validate=validate, backend=resolve_for(backend, logits, shard), ranks=ranks,
+            position_ids=position_ids,
+        )  # fmt: skip
+        kind = Kind(direction, support, float(beta))
+        batch, lists = take_lists(
+            batch, teacher_topk_ids, teacher_topk_log_probs, support, validate=validate
+        )
+        ranks.tell(kind=kind, entropy=return_entropy)
     if batch.backend == "reference":
         from . import reference_topk
 
         sizes = batch_num_tokens, dp_size, global_batch_size, loss_scale_factor
-        return reference_topk.topk_loss(
+        output = reference_topk.topk_loss(
             batch, logits, lists, kind, loss_agg_mode, sizes, return_entropy
         )
-    return _fused(batch, logits, lists, kind, return_entropy, inplace_backward)
+    else:
+        output = _fused(batch, logits, lists, kind, return_entropy, inplace_backward)
+    return complete(batch, output)
 
 
 def _fused(
@@ -117,15 +132,15 @@ def _fused(
 ) -> LossOutput:
     """One scan (or a gather) of the listed words and the label, then row functions."""
     logits, scale, backend = as_batch(logits), 1 / batch.temperature, batch.backend
-    renormalized = kind.support == "renormalized"
+    renormalized, shard = kind.support == "renormalized", batch.student.shard
     if renormalized and batch.ids is None and not return_entropy:
-        scores = vocabulary.gather(
-            logits, lists.words, batch.valid, scale, inplace_backward, backend
+        scores = vocab_parallel.gather(
+            logits, lists.words, batch.valid, scale, inplace_backward, backend, shard
         )
         return finish_lists(batch, lists, kind, scores, None, torch.zeros_like(scores[:, 0]), None)
-    gathered, log_probs, _, _, entropy = vocabulary.scan(
+    gathered, log_probs, _, _, entropy = vocab_parallel.scan(
         logits, with_label(batch, lists), batch.valid, scale, return_entropy, inplace_backward,
-        backend,
+        backend, shard,
     )  # fmt: skip
     now = log_probs[:, 0].detach()
     known = log_probs[:, 1:]

@@ -229,7 +229,10 @@ def sampled_token(
     drift = torch.zeros_like(new) if old_log_probs is None else old - new
     raw = torch.ones_like(new)
     weight = valid.to(new.dtype)
-    if normalize != "off":
+    if normalize == "given":
+        assert blocks is not None
+        weight = raw = torch.where(valid, wide(blocks[1]), 0)
+    elif normalize != "off":
         assert blocks is not None
         a = wide(blocks[1])
         raw = torch.where(valid, torch.exp(-tau * a), 0)

@@ -1,13 +1,20 @@
 """Drift gate: weights of the positions from their log-probs."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import rows
+from .agreement import Meeting
 from .arguments import check_floating, check_like, flat, flat_mask, flat_span_ids, layout_of
 from .backends import resolve
+from .context_parallel import context_of
 from .gate import DriftGate
+from .gating import Gating, gated
 from .outputs import GateOutput, Metrics
+from .scope import Scope, Totals, log_mean_gate, scales
+from .torch_rows import wide
 
 
 def gate_weights(
@@ -18,6 +25,9 @@ def gate_weights(
     response_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     span_ids: Tensor | None = None,
+    group: Any = None,
+    context_parallel_group: Any = None,
+    position_ids: Tensor | None = None,
 ) -> GateOutput:
     """Weights of blockwise policy-drift gating (arXiv 2606.24084), detached.
 
@@ -31,6 +41,8 @@ def gate_weights(
             batch; without them [N] is one sequence.
         span_ids: int64 or int32, the shape of log_probs, with `granularity="span"`. Equal ids
             in one sequence are one block, adjacent or not.
+        group: process group over which the weights have unit mean; metrics are of this rank.
+        context_parallel_group, position_ids: where sequences are cut over ranks, as in `opd_loss`.
 
     Returns:
         GateOutput(weights, drift, block_ids, metrics); float32, or float64 for float64 log-probs.
@@ -38,6 +50,54 @@ def gate_weights(
     Raises:
         ValueError, TypeError: a shape, dtype, device or option does not fit.
     """
+    with Meeting(group, context_parallel_group, position_ids) as ranks:
+        ranks.expect(log_probs)
+        rows_ = _check(
+            log_probs, old_log_probs, gate, response_mask, cu_seqlens, span_ids, position_ids,
+            ranks.context,
+        )  # fmt: skip
+        ranks.tell(log_probs.shape, gate=gate)
+    output, call = _weigh(rows_)
+    if not ranks.group:
+        return output
+    scale = scales(Scope(ranks.group), call, False).gate.to(output.weights.dtype)
+    metrics = dict(output.metrics)
+    for name in ("gate_min", "gate_max"):
+        metrics[name] = metrics[name] * scale
+    return output._replace(weights=output.weights * scale, metrics=metrics)
+
+
+def gate_and_totals(
+    log_probs: Tensor, old_log_probs: Tensor, gate: DriftGate, **options: Any
+) -> tuple[GateOutput, Totals]:
+    """`gate_weights` of one call, and what else is needed to join it with others."""
+    names = "response_mask", "cu_seqlens", "span_ids"
+    unknown = set(options) - set(names)
+    if unknown:
+        raise TypeError(f"micro_batches must hold arguments of gate_weights; got {sorted(unknown)}")
+    mask, borders, spans = (options.get(name) for name in names)
+    return _weigh(_check(log_probs, old_log_probs, gate, mask, borders, spans, None, ""))
+
+
+class _Rows(NamedTuple):
+    """Checked and flattened arguments."""
+
+    gating: Gating
+    log_probs: Tensor
+    old: Tensor
+    valid: Tensor
+
+
+def _check(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    gate: DriftGate,
+    response_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    span_ids: Tensor | None,
+    position_ids: Tensor | None,
+    context_group: str,
+) -> _Rows:
     check_floating("log_probs", log_probs)
     check_floating("old_log_probs", old_log_probs)
     layout = layout_of("log_probs", log_probs, cu_seqlens)
@@ -46,38 +106,46 @@ def gate_weights(
     mask = flat_mask(response_mask, layout, device, "log_probs")
     by_span = check_gate(gate).granularity == "span"
     spans = flat_span_ids(span_ids, by_span, layout, device, "log_probs")
+    context = context_of(position_ids, context_group, layout, device, "log_probs")
     dtype = torch.promote_types(log_probs.dtype, torch.float32)
     new, old = flat(log_probs, dtype), flat(old_log_probs, dtype)
-    backend = resolve("auto", new)
+    gating = Gating(gate, None, spans, layout, context, resolve("auto", new))
     no_labels = torch.zeros_like(new, dtype=torch.int32)
     on_cpu = device.type == "cpu"
     valid = rows.valid_rows(no_labels, mask, layout.cu_seqlens, -1, 1, on_cpu)
-    blocks, first = rows.row_blocks(
-        new, old, valid, spans, layout.cu_seqlens, layout.length,
-        gate.granularity, gate.block_size, gate.aggregate, False, backend,
-    )  # fmt: skip
+    return _Rows(gating, new, old, valid)
+
+
+def _weigh(checked: _Rows) -> tuple[GateOutput, Totals]:
+    """Weights of unit mean over the call, and its totals."""
+    gating, new, old, valid = checked
+    layout, gate = gating.layout, gating.gate
+    assert gate is not None
+    found = gated(gating, new, old, valid, False)
+    assert found.blocks is not None and found.drift is not None
     _, weights, metrics = rows.sampled_token(
-        new, old, None, valid, blocks, layout.cu_seqlens, layout.length, float(gate.tau),
-        gate.normalize, "ppo", 0.2, 0.2, 3.0, None, 1.0, "given", False, backend,
+        new, old, None, valid, found.blocks, layout.cu_seqlens, layout.length, found.tau,
+        found.normalize, "ppo", 0.2, 0.2, 3.0, None, 1.0, "given", False, gating.backend,
     )  # fmt: skip
-    shape = layout.shape
-    block_ids = _number_blocks(first)
-    return GateOutput(
-        weights[0].view(shape), blocks[0].view(shape), block_ids.view(shape), named(metrics, 6)
+    numbers = found.numbers
+    if numbers is None:
+        assert found.first is not None
+        numbers = rows.number_blocks(found.first)
+    shape, w = layout.shape, weights[0]
+    output = GateOutput(
+        w.view(shape), found.drift.view(shape), numbers.view(shape), named(metrics, 6)
     )
+    tokens = wide(valid.sum().to(w.dtype))
+    log_gate = torch.zeros_like(tokens)
+    if found.normalize == "batch":
+        log_gate = log_mean_gate(found.blocks[1], w, valid, found.tau)
+    return output, Totals(log_gate, tokens, tokens)
 
 
 def check_gate(gate: DriftGate) -> DriftGate:
     if not isinstance(gate, DriftGate):
         raise TypeError(f"gate must be a DriftGate; got {type(gate).__name__}")
     return gate
-
-
-def _number_blocks(first: Tensor) -> Tensor:
-    """Number blocks in the order in which they begin, from the first valid row of each row's."""
-    begins = first == torch.arange(first.shape[0], device=first.device)
-    number = begins.cumsum(0) - 1
-    return torch.where(first >= 0, number[first.clamp(min=0).long()], -1)
 
 
 def named(metrics: Tensor, count: int = len(rows.METRICS)) -> Metrics:

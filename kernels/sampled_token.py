@@ -192,7 +192,8 @@ def _sampled_token(
     n_sequences,
     tau,
     factor,  # of the sum over rows
-    GATE: tl.constexpr,  # "off", "none", "batch", "sequence": over what the mean is 1
+    GATE: tl.constexpr,  # "off", "given" (in blocks), or over what the mean is 1: "none",
+    #                      "batch", "sequence"
     ESTIMATOR: tl.constexpr,
     DENOMINATOR: tl.constexpr,  # what else divides the sum: "given", "tokens", "sequences"
     TOKEN_MEAN: tl.constexpr,  # each sequence's sum divided by its valid rows
@@ -244,7 +245,10 @@ def _sampled_token(
                 old = tl.load(old_log_probs + row, mask=live, other=0.0)
             raw = tl.full([TILE], 1.0, tl.float32)
             weight = raw
-            if GATE != "off":
+            if GATE == "given":
+                weight = tl.load(blocks + n_rows + row, mask=live, other=0.0)
+                raw = weight
+            elif GATE != "off":
                 a = tl.load(blocks + n_rows + row, mask=live, other=0.0)
                 raw = tl.exp(-tau * a)
                 weight = tl.exp(-tau * (a - shift)) / mean
@@ -297,7 +301,7 @@ def sampled_token(
     cu_seqlens: Tensor | None,  # [B + 1]
     length: int,  # rows of a sequence where cu_seqlens is None
     tau: float,
-    normalize: str,  # "batch", "sequence", "none", or "off": no gate
+    normalize: str,  # "batch", "sequence", "none"; "off": no gate; "given": weights in blocks
     estimator: str,
     clip_low: float,
     clip_high: float,

@@ -71,6 +71,14 @@ def test_gates(kernels_on_cpu, gate, packed):
     assert_good(problem, "triton", device=kernels_on_cpu, gate=gate, loss_agg_mode=mode)
 
 
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+def test_weights_of_the_caller(kernels_on_cpu, mode):
+    problem = draw(2, 70, 11, masked=0.25)
+    weights = torch.rand(2, 70, generator=torch.Generator().manual_seed(0))
+    weights[~problem.options["response_mask"]] = torch.nan
+    assert_good(problem, "triton", device=kernels_on_cpu, gate=weights, loss_agg_mode=mode)
+
+
 def test_more_sequences_and_rows_than_a_tile(kernels_on_cpu, monkeypatch):
     """70 sequences exceed a tile of borders, 300 rows two of `sampled_token`."""
     monkeypatch.setattr(kernel_module, "TILE", 128)

@@ -21,6 +21,9 @@ PASSES = "tests/test_opd_loss.py tests/test_reference.py tests/test_fuzz.py test
 TOPK = "tests/test_topk_loss.py tests/test_fuzz.py"
 FULL = "tests/test_full_loss.py tests/test_fuzz.py"
 LINEAR = "tests/test_linear_losses.py tests/test_head_gradients.py tests/test_linear_autograd.py"
+MICRO = "tests/test_micro_batches.py"
+RANKS = "tests/test_ranks.py"
+SHARDS = "tests/test_vocab_parallel.py"
 SPANS = "tests/test_spans.py"
 ARGUMENTS = "tests/test_arguments.py tests/test_fuzz.py"
 K_SCAN = "tests/test_kernels_vocabulary.py"
@@ -120,7 +123,23 @@ PYTHON = [
     Mutant("row data left strided", "drift_gate/arguments.py", ".reshape(-1).contiguous()", ".reshape(-1)", ARGUMENTS + " tests/test_limits.py"),
     Mutant("short rest kept", "drift_gate/spans.py", "if rest and joined:", "if rest > min_length and joined:", SPANS),
     Mutant("pieces not evened out", "drift_gate/spans.py", "if pieces and rest < min_length:", "if False:", SPANS),
-    Mutant("block numbers from 1", "drift_gate/weighting.py", "number = begins.cumsum(0) - 1", "number = begins.cumsum(0)", GATE),
+    Mutant("micro-batches not weighed by tokens", "drift_gate/accumulation.py", "everyone.tokens * relative", "relative", MICRO),
+    Mutant("mean gate of the first kept", "drift_gate/accumulation.py", "self._tokens / self._gates", "1.0", MICRO),
+    Mutant("first denominator kept", "drift_gate/accumulation.py", "self._reference.size / self._size", "1.0", MICRO),
+    Mutant("an empty first micro-batch measures", "drift_gate/accumulation.py", "torch.where(first.tokens > 0, a, b)", "a", MICRO),
+    Mutant("nothing forgotten after a step", "drift_gate/accumulation.py", "        self.reset()\n        return loss", "        return loss", MICRO),
+    Mutant("mean gate inverted", "drift_gate/scope.py", "torch.exp(call.log_gate - everyone.log_gate)", "torch.exp(everyone.log_gate - call.log_gate)", RANKS),
+    Mutant("ranks not weighed by tokens", "drift_gate/scope.py", "log_gates + tokens.log()", "log_gates", RANKS + " tests/test_micro_batches.py"),
+    Mutant("a rank's own denominator", "drift_gate/scope.py", "    if counted:\n", "    if False:\n", RANKS),
+    Mutant("per-token losses by the rank's gate", "drift_gate/scope.py", "output.token_loss * gate", "output.token_loss", MICRO),
+    Mutant("blocks from position 0", "drift_gate/context_parallel.py", "(position - first) // gate.block_size", "position // gate.block_size", RANKS),
+    Mutant("another rank's rows", "drift_gate/context_parallel.py", "first = n * rank_in(context.group)", "first = 0", RANKS),
+    Mutant("shards not shifted", "drift_gate/vocab_parallel.py", "(maximum - shift) + log_sum", "log_sum", SHARDS),
+    Mutant("every shard has every word", "drift_gate/vocab_parallel.py", "mine = torch.where(local < 0, 0, gathered)", "mine = gathered", SHARDS),
+    Mutant("entropy of a shard", "drift_gate/vocab_parallel.py", "(log_sum - entropy) + (maximum - shift)", "log_sum - entropy", SHARDS),
+    Mutant("words counted from 0", "drift_gate/vocab_parallel.py", "local = ids - self.first", "local = ids", SHARDS),
+    Mutant("hidden states' gradient of one shard", "drift_gate/ranks.py", "return sum_ranks(wide, ctx.group).to(grad.dtype), None", "return grad, None", SHARDS),
+    Mutant("block numbers from 1", "drift_gate/rows.py", "number = begins.cumsum(0) - 1", "number = begins.cumsum(0)", GATE),
 ]  # fmt: skip
 
 

@@ -1,0 +1,143 @@
+"""`GateNormalizer`: one unit mean and one denominator for the micro-batches of a step."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gate import DriftGate
+from .ranks import name_of
+from .scope import Scales, Totals, at_least_one, joined, over_ranks
+from .weighting import check_gate, gate_and_totals
+
+
+class GateNormalizer:
+    """Gradient accumulation that gives the gradients of the undivided batch (arXiv 2606.24084).
+
+    Passed to the losses as their `gate`. Each call is weighed as a part of the step's batch, up to
+    one number that only the last micro-batch completes, and by which the gradients are multiplied
+    once, before clipping and before the optimiser's step:
+
+        normalizer = GateNormalizer(DriftGate())
+        for part in micro_batches:
+            result = opd_loss(..., gate=normalizer)
+            result.loss.backward()
+        loss = normalizer.scale_gradients(model.parameters())
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    Where a loss counts its own denominator (no `batch_num_tokens`, no `global_batch_size`), that
+    too becomes the step's. Until then losses, weights and gradients stand in the proportion of the
+    first micro-batch: the first loss is what it would be by itself. A gradient scaler's factor may
+    be on the gradients or not; sharded gradients (FSDP2, DTensor) are multiplied where they are.
+    With DDP or FSDP pass `group` and `dp_size` to the losses, as without micro-batches. A loss
+    inside a checkpointed region would be collected twice: keep it outside.
+
+    Args:
+        gate: as the losses take it; None to accumulate without a gate.
+
+    Raises:
+        TypeError: gate is neither.
+    """
+
+    def __init__(self, gate: DriftGate | None = DriftGate()) -> None:  # noqa: B008  (frozen)
+        self.gate = None if gate is None else check_gate(gate)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was collected; `scale_gradients` ends with it."""
+        self._reference: Totals | None = None
+        self._counted: bool | None = None
+        self._gates = self._tokens = self._size = self._loss = torch.zeros(())
+
+    def collect(self, call: Totals, everyone: Totals, counted: bool) -> Scales:
+        """Used by the losses: take a call's totals; what its results are to be multiplied by."""
+        if self._counted not in (None, counted):
+            raise ValueError(
+                "the micro-batches of a GateNormalizer must agree: some losses got their "
+                "denominator (batch_num_tokens, global_batch_size, token-sum), others counted it"
+            )
+        if self._reference is None or self._counted is None:
+            zero = torch.zeros_like(everyone.log_gate)
+            self._counted, self._reference = counted, everyone
+            self._gates = self._tokens = self._size = self._loss = zero
+        first = self._reference
+        # Until a micro-batch has valid rows, the first is no measure.
+        self._reference = first = Totals(
+            *(torch.where(first.tokens > 0, a, b) for a, b in zip(first, everyone, strict=True))
+        )
+        relative = torch.exp(everyone.log_gate - first.log_gate)
+        self._gates = self._gates + everyone.tokens * relative
+        self._tokens = self._tokens + everyone.tokens
+        self._size = self._size + everyone.size
+        one = torch.ones_like(call.size)
+        return Scales(
+            torch.exp(call.log_gate - first.log_gate),
+            at_least_one(call.size) / at_least_one(first.size) if counted else one,
+        )
+
+    def record(self, loss: Tensor) -> None:
+        """Used by the losses: add a call's loss."""
+        self._loss = self._loss + loss.detach().sum()
+
+    def factor(self) -> Tensor:
+        """The number that completes losses and gradients collected so far, a scalar tensor.
+
+        Raises ValueError where nothing was collected.
+        """
+        if self._reference is None:
+            raise ValueError("no loss was called with this GateNormalizer since the last step")
+        some = self._tokens > 0
+        gate = torch.where(some, self._tokens / self._gates, 1)
+        if not self._counted:
+            return gate
+        return gate * torch.where(some, self._reference.size / self._size, 1)
+
+    @torch.no_grad()
+    def scale_gradients(self, parameters: Iterable[Tensor] | Tensor) -> Tensor:
+        """Complete the gradients of these parameters in place, and begin the next step.
+
+        Returns the step's loss, a detached scalar (this rank's part of it, as the losses').
+
+        Raises ValueError where nothing was collected.
+        """
+        factor = self.factor()
+        tensors = [parameters] if isinstance(parameters, Tensor) else parameters
+        for parameter in tensors:
+            grad: Any = parameter.grad
+            if grad is not None:
+                part = grad.to_local() if hasattr(grad, "to_local") else grad
+                part.mul_(factor.to(part.device))
+        loss = self._loss * factor
+        self.reset()
+        return loss
+
+    def weights(
+        self, micro_batches: Sequence[Mapping[str, Any]], *, group: Any = None
+    ) -> list[Tensor]:
+        """Weights of each micro-batch, for callers who have all log-probs beforehand.
+
+        Nothing is collected: pass a micro-batch's weights to the losses as their `gate`, and no
+        gradient needs to be scaled for the gate's sake.
+
+        Args:
+            micro_batches: of each the arguments of `gate_weights` by name: log_probs,
+                old_log_probs, and response_mask, cu_seqlens, span_ids where there are any.
+            group: process group over which the weights have unit mean as well.
+
+        Returns:
+            detached weights of the shape of each log_probs.
+
+        Raises:
+            ValueError, TypeError: as `gate_weights`; without a gate, or without micro-batches.
+        """
+        if self.gate is None or not micro_batches:
+            raise ValueError("weights need a gate and at least one micro-batch")
+        found = [gate_and_totals(gate=self.gate, **part) for part in micro_batches]
+        mine = joined(torch.stack([torch.stack(totals) for _, totals in found]))
+        everyone = over_ranks(mine, name_of("group", group))
+        return [
+            output.weights * torch.exp(totals.log_gate - everyone.log_gate).to(output.weights.dtype)
+            for output, totals in found
+        ]

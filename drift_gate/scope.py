@@ -1,0 +1,119 @@
+"""A batch larger than a call: unit mean and denominators over ranks and over micro-batches.
+
+A block's gate depends on that block alone; what a call cannot know by itself are two numbers of the
+whole batch, the mean gate and the denominator D. So a call computes with those of its own rows,
+
+    w_t = g_t / mean_call(g)        loss = sum w L / D_call
+
+and is then multiplied by mean_call(g) / mean(g) and D_call / D. The means are kept as logarithms:
+no drift, however large, makes their quotient 0/0.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .outputs import LossOutput
+from .ranks import gather_ranks
+from .torch_rows import wide
+
+
+class Totals(NamedTuple):
+    """Of the valid rows of a call or of all ranks; float64 scalars (else float32)."""
+
+    log_gate: Tensor
+    """Logarithm of the mean of the raw gates exp(-tau a); 0 where the unit mean is not theirs."""
+    tokens: Tensor
+    size: Tensor
+    """What divides the loss where it is counted: the valid tokens, or the sequences with any."""
+
+
+class Scales(NamedTuple):
+    """What a call's results are to be multiplied by."""
+
+    gate: Tensor
+    size: Tensor
+
+
+class Normalizer(Protocol):
+    """What collects the micro-batches of a step: see `GateNormalizer`."""
+
+    def collect(self, call: Totals, everyone: Totals, counted: bool) -> Scales: ...
+
+    def record(self, loss: Tensor) -> None: ...
+
+
+class Scope(NamedTuple):
+    """Where the rest of the batch is."""
+
+    group: str = ""  # named, see `ranks`; "" for this rank alone
+    normalizer: Normalizer | None = None
+
+    @property
+    def single(self) -> bool:
+        """Whether this call sees all of the batch."""
+        return not self.group and self.normalizer is None
+
+
+def log_mean_gate(block_drift: Tensor, weights: Tensor, valid: Tensor, tau: float) -> Tensor:
+    """log mean exp(-tau a) of the valid rows [N], from a and the weights of unit mean that it has.
+
+    The row that weighs most tells: w = exp(-tau a) / mean. 0 without a valid row.
+    """
+    a, w = wide(block_drift), wide(weights)
+    lowest = torch.where(valid, a, torch.inf).amin() if len(a) else a.sum()
+    largest = torch.where(valid, w, 0).amax() if len(a) else a.sum()
+    return torch.where(valid.any(), -tau * lowest - largest.log(), 0)
+
+
+def joined(parts: Tensor) -> Totals:
+    """Totals of several parts of a batch, given as [parts, 3]."""
+    log_gates, tokens, sizes = parts.unbind(-1)
+    # Weighed by tokens; a part without any has no say.
+    weighed = torch.where(tokens > 0, log_gates + tokens.log(), -torch.inf)
+    total = tokens.sum()
+    log_gate = torch.where(total > 0, weighed.logsumexp(0) - total.log(), 0)
+    return Totals(log_gate, total, sizes.sum())
+
+
+def over_ranks(call: Totals, group: str) -> Totals:
+    """The totals of all ranks of a group: one collective of three numbers a rank."""
+    return joined(gather_ranks(torch.stack(call), group)) if group else call
+
+
+def at_least_one(size: Tensor) -> Tensor:
+    """A denominator: the losses of an empty batch are 0, not 0/0."""
+    return size.clamp(min=1)
+
+
+def scales(scope: Scope, call: Totals, counted: bool) -> Scales:
+    """What takes a call's results to those of the whole batch, or of the step's first call."""
+    everyone = over_ranks(call, scope.group)
+    if scope.normalizer is not None:
+        return scope.normalizer.collect(call, everyone, counted)
+    size = torch.ones_like(call.size)
+    if counted:
+        size = at_least_one(call.size) / at_least_one(everyone.size)
+    return Scales(torch.exp(call.log_gate - everyone.log_gate), size)
+
+
+def rescale(
+    scope: Scope, output: LossOutput, call: Totals, counted: bool, none: bool
+) -> LossOutput:
+    """The output of a call as part of its batch.
+
+    `counted`: D was counted from the call's rows. `none`: the caller reduces, the loss is the
+    per-token losses.
+    """
+    gate, size = (x.to(output.gate.dtype) for x in scales(scope, call, counted))
+    metrics = dict(output.metrics)
+    for name in ("gate_min", "gate_max"):
+        metrics[name] = metrics[name] * gate
+    token_loss = output.token_loss * gate
+    loss = token_loss if none else output.loss * (gate * size)
+    if scope.normalizer is not None:
+        scope.normalizer.record(loss)
+    return output._replace(
+        loss=loss, token_loss=token_loss, gate=output.gate * gate, metrics=metrics
+    )

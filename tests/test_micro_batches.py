@@ -1,0 +1,212 @@
+"""`GateNormalizer`: any split into micro-batches has the gradients of the undivided batch."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from support.parts import FORMS, Whole, draw_whole, run_part
+from torch import Tensor
+
+import drift_gate as dg
+
+GATES = {
+    "blocks": dg.DriftGate(block_size=4),
+    "spans, rms": dg.DriftGate("span", aggregate="rms", tau=3.0),
+    "mean by sequence": dg.DriftGate("token", normalize="sequence"),
+    "raw": dg.DriftGate("sequence", normalize="none"),
+    "none": None,
+}
+MODES = (
+    {},
+    {"batch_num_tokens": 170},
+    {"loss_agg_mode": "token-sum"},
+    {"loss_agg_mode": "seq-mean-token-sum"},
+    {"loss_agg_mode": "seq-mean-token-mean"},
+    {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 7.0},
+    {"loss_agg_mode": "seq-mean-token-mean", "global_batch_size": torch.tensor(40.0)},
+)
+
+
+def cut(whole: Whole, parts: int) -> list[Whole]:
+    return [whole.take(lambda x, i=i: x.tensor_split(parts)[i]) for i in range(parts)]
+
+
+def undivided(
+    whole: Whole, form: str, linear: bool, gate: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    weight = whole.weight.clone().requires_grad_()
+    output, _ = run_part(whole, form, linear, weight, gate, **options)
+    output.loss.backward()
+    assert weight.grad is not None
+    return output.loss.detach(), weight.grad
+
+
+def divided(
+    parts: list[Whole], form: str, linear: bool, gate: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    weight = whole_weight(parts)
+    normalizer = dg.GateNormalizer(gate)
+    for part in parts:
+        output, _ = run_part(part, form, linear, weight, normalizer, **options)
+        output.loss.backward()
+    loss = normalizer.scale_gradients([weight])
+    assert weight.grad is not None
+    return loss, weight.grad
+
+
+def whole_weight(parts: list[Whole]) -> Tensor:
+    return parts[0].weight.clone().requires_grad_()
+
+
+def assert_same(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+@pytest.mark.parametrize("form, linear", [*itertools.product(FORMS, (False, True))])
+def test_losses_and_gates(form: str, linear: bool, gate: Any):
+    whole = draw_whole()
+    for count in (1, 2, 5, 7):
+        assert_same(
+            divided(cut(whole, count), form, linear, gate), undivided(whole, form, linear, gate)
+        )
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_reductions(mode: dict[str, Any]):
+    whole = draw_whole(1)
+    for gate in (GATES["blocks"], None):
+        assert_same(
+            divided(cut(whole, 5), "opd", False, gate, **mode),
+            undivided(whole, "opd", False, gate, **mode),
+        )
+
+
+def test_per_token_losses_are_reduced_by_the_caller():
+    whole, gate = draw_whole(2), GATES["blocks"]
+    options = {"loss_agg_mode": "none"}
+    weight = whole.weight.clone().requires_grad_()
+    run_part(whole, "topk", True, weight, gate, **options)[0].loss.sum().backward()
+    again = whole.weight.clone().requires_grad_()
+    normalizer = dg.GateNormalizer(gate)
+    for part in cut(whole, 5):
+        run_part(part, "topk", True, again, normalizer, **options)[0].loss.sum().backward()
+    normalizer.scale_gradients(again)
+    torch.testing.assert_close(again.grad, weight.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_the_reference_splits_alike():
+    whole, gate = draw_whole(3), GATES["blocks"]
+    for mode in MODES[:5]:
+        assert_same(
+            divided(cut(whole, 2), "opd", False, gate, backend="reference", **mode),
+            undivided(whole, "opd", False, gate, backend="reference", **mode),
+        )
+
+
+def test_the_first_micro_batch_is_weighed_as_if_alone():
+    """So the gradients that are summed have the size that they had without the normaliser."""
+    first = cut(draw_whole(4), 2)[1]
+    alone = undivided(first, "opd", False, GATES["blocks"])[0]
+    output, _ = run_part(first, "opd", False, first.weight, dg.GateNormalizer(GATES["blocks"]))
+    torch.testing.assert_close(output.loss, alone, rtol=1e-13, atol=0)
+
+
+def test_a_batch_without_rows_before_and_after():
+    whole, gate = draw_whole(5), GATES["blocks"]
+    empty = whole.take(lambda x: x[:1])  # the first sequence has no valid row
+    assert not empty.mask.any()
+    rest = whole.take(lambda x: x[1:])
+    wanted = undivided(rest, "opd", True, gate)
+    assert_same(divided([empty, rest], "opd", True, gate), wanted)
+    assert_same(divided([rest, empty], "opd", True, gate), wanted)
+    loss, grad = divided([empty, empty], "opd", True, gate)
+    assert loss == 0 and (grad == 0).all()
+
+
+def test_drifts_beyond_what_an_exponential_holds():
+    """exp(-2000) is 0 in float64: only the quotient of two gates is finite."""
+    whole, gate = draw_whole(6), GATES["blocks"]
+    whole.old = whole.old + 2000
+    options = {"estimator": "k3"}  # exp of the drift overflows in the others
+    assert_same(
+        divided(cut(whole, 2), "opd", False, gate, **options),
+        undivided(whole, "opd", False, gate, **options),
+    )
+
+
+def test_it_begins_anew_after_each_step():
+    whole, gate = draw_whole(7), GATES["blocks"]
+    normalizer = dg.GateNormalizer(gate)
+    wanted = undivided(whole, "opd", False, gate)
+    for _ in range(2):
+        weight = whole.weight.clone().requires_grad_()
+        for part in cut(whole, 2):
+            run_part(part, "opd", False, weight, normalizer)[0].loss.backward()
+        assert_same((normalizer.scale_gradients([weight]), weight.grad), wanted)
+
+
+def test_weights_beforehand():
+    whole, gate = draw_whole(8), GATES["blocks"]
+    parts = cut(whole, 5)
+    now = (
+        (whole.hidden @ whole.weight.T).log_softmax(-1).gather(-1, whole.labels[..., None])[..., 0]
+    )
+    whole_weights = dg.gate_weights(now, whole.old, gate, response_mask=whole.mask).weights
+    found = dg.GateNormalizer(gate).weights(
+        [
+            dict(log_probs=x, old_log_probs=p.old, response_mask=p.mask)
+            for x, p in zip(now.tensor_split(5), parts, strict=True)
+        ]
+    )
+    torch.testing.assert_close(torch.cat(found), whole_weights, rtol=1e-12, atol=0)
+    tokens = int(whole.mask.sum())
+    for form, linear in itertools.product(FORMS, (False, True)):
+        wanted = undivided(whole, form, linear, gate)
+        weight = whole.weight.clone().requires_grad_()
+        total = torch.zeros(())
+        for part, w in zip(parts, found, strict=True):
+            output, _ = run_part(part, form, linear, weight, w, batch_num_tokens=tokens)
+            torch.testing.assert_close(output.gate, torch.where(part.mask, w, 0))
+            output.loss.backward()
+            total = total + output.loss.detach()
+        assert_same((total, weight.grad), wanted)
+
+
+def test_mixed_precision_scaler():
+    """The gradients may bear a scaler's factor: multiplication commutes."""
+    whole, gate = draw_whole(9), GATES["blocks"]
+    wanted = undivided(whole, "opd", False, gate)[1]
+    weight, normalizer = whole.weight.clone().requires_grad_(), dg.GateNormalizer(gate)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    for part in cut(whole, 2):
+        scaler.scale(run_part(part, "opd", False, weight, normalizer)[0].loss).backward()
+    normalizer.scale_gradients([weight])
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(weight.grad, wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_wrong_use():
+    whole = draw_whole(10)
+    with pytest.raises(TypeError, match="gate must be a DriftGate; got float"):
+        dg.GateNormalizer(0.5)
+    normalizer = dg.GateNormalizer()
+    with pytest.raises(ValueError, match="no loss was called"):
+        normalizer.scale_gradients([])
+    run_part(whole, "opd", False, whole.weight, normalizer)
+    with pytest.raises(ValueError, match="must agree"):
+        run_part(whole, "opd", False, whole.weight, normalizer, batch_num_tokens=3)
+    with pytest.raises(ValueError, match="weights need a gate"):
+        dg.GateNormalizer(None).weights([{}])
+    zeros = torch.zeros(1, 1)
+    with pytest.raises(TypeError, match="arguments of gate_weights; got \\['mask'\\]"):
+        dg.GateNormalizer().weights([dict(log_probs=zeros, old_log_probs=zeros, mask=zeros)])
+    with pytest.raises(ValueError, match="gate must have the shape of labels"):
+        run_part(whole, "opd", False, whole.weight, torch.ones(3))
+    with pytest.raises(TypeError, match="gate must be a floating-point tensor"):
+        run_part(whole, "opd", False, whole.weight, whole.labels)
