@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import compare, record, report
+from .harness import UNREACHED
 from .measure import device_name
 from .record import Result
 
@@ -30,6 +31,7 @@ class Bar:
     def __init__(self, progress: Progress) -> None:
         self.progress, self.task = progress, progress.add_task("collecting", total=None)
         self.failures: list[str] = []
+        self.unreached = 0
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.progress.update(self.task, total=len(session.items))
@@ -40,6 +42,8 @@ class Bar:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "teardown":
             self.progress.advance(self.task)
+        if report.skipped and UNREACHED in report.longreprtext:
+            self.unreached += 1
         if report.failed:
             self.failures.append(f"{report.nodeid}: {report.longreprtext.splitlines()[-1]}")
 
@@ -65,11 +69,15 @@ def run(
             code = pytest.main([*options, *files], plugins=[bar])
     for failure in bar.failures:
         console.print(f"failed: {failure}", style="red", markup=False)
-    if code not in (0, 1) and not bar.failures:
+    if code not in (0, 1, pytest.ExitCode.INTERRUPTED) and not bar.failures:
         console.print(said.getvalue(), markup=False)
     if not path.exists():
         return False
     show(console, path, plots)
+    if bar.unreached:
+        console.print(f"{bar.unreached} measurements left out: {UNREACHED}")
+    if code == pytest.ExitCode.INTERRUPTED:
+        console.print("interrupted: this is what was measured until then", style="red")
     return code == 0
 
 

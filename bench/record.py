@@ -32,6 +32,7 @@ class Result:
     gemm_flops_per_s: float | None = None  # where the work has products
     left_out: str | None = None  # why it was not run; then what follows is empty
     seconds: list[list[float]] = dataclasses.field(default_factory=list)  # rounds x launches
+    one_call: bool = False  # too slow for rounds: its first, or first warm, call
     ratio_quartiles: tuple[float, float, float] | None = None  # of time, by round
     extra_bytes: int | None = None  # exact peak beyond the inputs, gradients included
     gradient_bytes: int = 0  # of the gradients returned in memory of their own

@@ -44,6 +44,8 @@ def error(result: Result) -> tuple[str, str]:
 
 def spread(result: Result) -> str:
     """Half the interquartile range of the time, in percent of the median."""
+    if len(result.samples) == 1:
+        return "one call" if result.one_call else "one round"
     low, median, high = result.quartiles
     return f"{50 * (high - low) / median:.0f}"
 

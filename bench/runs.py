@@ -53,11 +53,9 @@ def baseline(
     function: Callable[[Work], Callable], timed: Callable = train, temporaries: float = 14
 ) -> tuple[Implementation, Implementation]:
     """Eager, and torch.compile of it. `function(work)` is what the leaves are passed to."""
-    return (
-        Implementation(BASELINE, lambda work: timed(function(work)), temporaries=temporaries),
-        Implementation(
-            COMPILED, lambda work: timed(compiled(function(work))), temporaries=temporaries
-        ),
+    plain = Implementation(BASELINE, lambda work: timed(function(work)), temporaries=temporaries)
+    return plain, plain._replace(
+        name=COMPILED, make=lambda work: timed(compiled(function(work))), compiles=True
     )
 
 
@@ -68,7 +66,7 @@ def finished(
     """A peer's function, and eagerly what is missing to the loss."""
     return Implementation(
         peer.name + suffix, lambda work: train(finish(work, peer.load(work.device))), note, truth,
-        peer.temporaries, peer.overwrites,
+        peer.temporaries, peer.overwrites, peer.compiles,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from drift_gate.bench import (
     sweep,
     targets,
 )
+from drift_gate.bench.bounds import Bounds, TooLong, within
 from drift_gate.bench.cases import Case
 from drift_gate.bench.harness import Implementation, Suite
 from drift_gate.bench.peers import guard, plain
@@ -211,7 +213,7 @@ def measured() -> dict[str, Result]:
         Implementation("broken", broken),
         Implementation("large", square, temporaries=1e15),
     )
-    return harness.measure(suite, SMALL, CPU, rounds=3)
+    return harness.measure(suite, SMALL, CPU, Bounds(rounds=3))
 
 
 def test_every_implementation_is_measured_on_the_same_inputs(measured):
@@ -237,7 +239,80 @@ def test_what_cannot_run_is_left_out(measured):
 
 def test_this_package_may_not_fail():
     with pytest.raises(RuntimeError, match="no such kernel"):
-        harness.measure(toy(Implementation("drift_gate", broken)), SMALL, CPU, rounds=1)
+        harness.measure(toy(Implementation("drift_gate", broken)), SMALL, CPU, Bounds(rounds=1))
+
+
+# What bounds a run.
+
+
+def delayed(seconds: float) -> Any:
+    def make(work: Any) -> Any:
+        def run(logits: Tensor) -> dict[str, Tensor]:
+            for _ in range(round(seconds / 0.01)):
+                time.sleep(0.01)
+            return square(work)(logits)
+
+        return run
+
+    return make
+
+
+def test_a_call_is_stopped_at_its_limit():
+    start = time.monotonic()
+    with pytest.raises(TooLong), within(0.2):
+        time.sleep(30)
+    assert time.monotonic() - start < 10
+    with within(0.2):
+        pass
+    time.sleep(0.3)  # no alarm is left behind
+
+
+def test_a_slow_peer_is_called_once_and_a_slower_one_is_stopped():
+    suite = toy(
+        Implementation("quick", square),
+        Implementation("slow", delayed(0.5)),
+        Implementation("slower", delayed(60)),
+        Implementation("slow once compiled", delayed(0.5), compiles=True),
+    )
+    bounds = Bounds(rounds=2, slack=0.2, slowest=0, compiling=0)
+    found = harness.measure(suite, SMALL, CPU, bounds._replace(slack=2))
+    assert [len(found[name].seconds) for name in ("quick", "slow")] == [2, 2]
+    assert found["slower"].left_out == "one call takes more than 2 s"
+    # An eager call of a millisecond, and 100 times as long allowed.
+    bounds = bounds._replace(slack=0.2, slowest=2000, slow=1.5)
+    found = harness.measure(suite, SMALL, CPU, bounds, ("quick", "slow", "slow once compiled"))
+    for name in ("slow", "slow once compiled"):
+        assert found[name].one_call and len(found[name].samples) == 1
+        assert found[name].samples[0] > 0.5 and found[name].ratio_quartiles[1] > 1.5
+        assert found[name].extra_bytes > 0 and found[name].errors["grad"]["scale"] > 0
+    assert not found["quick"].one_call
+
+
+def test_what_the_time_budget_does_not_reach_is_left_out():
+    suite = toy(Implementation("late", square), Implementation("drift_gate", square))
+    bounds = Bounds(rounds=5, end=time.monotonic() - 1)
+    found = harness.measure(suite, SMALL, CPU, bounds)
+    assert found["late"].left_out == harness.UNREACHED and found["late"].seconds == []
+    for name in ("eager", "drift_gate"):  # must run, for one round
+        assert len(found[name].seconds) == 1 and found[name].left_out is None
+
+
+def test_results_are_kept_as_they_come():
+    seen = []
+
+    def keep(results: dict[str, Result]) -> None:
+        seen.append({name: (len(r.seconds), r.left_out) for name, r in results.items()})
+        if seen[-1]["eager"][0] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.measure(toy(Implementation("absent", absent)), SMALL, CPU, Bounds(5), keep=keep)
+    cut = (0, harness.CUT)
+    assert seen[0] == {"eager": cut, "absent": cut}
+    assert seen[-3:] == [
+        {"eager": (n, None if n else harness.CUT), "absent": (0, "nobody is here")}
+        for n in range(3)
+    ]
 
 
 # Results.
@@ -356,6 +431,32 @@ def test_the_command_and_its_results(tmp_path):
     ours = found["drift_gate"]
     assert len(ours.seconds) == 2 and ours.errors["grad"]["max"] < 1e-7
     assert ours.bytes_must_move == floors.rows(ours.size).bytes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_run_that_is_ended_keeps_what_it_has(tmp_path):
+    """SIGTERM, as a time limit sends; Ctrl-C takes the same way."""
+    out = tmp_path / "out.json"
+    options = ["--rounds", "100000", "--device", "cpu", "--out", str(out), "--budget", "300"]
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    command_line = [sys.executable, "-m", "drift_gate", "bench", "rows", *options]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command_line, cwd=ROOT, env=environment, **pipe) as running:
+        try:
+            end = time.monotonic() + 120
+            while time.monotonic() < end and not (
+                out.exists() and '"ratio_quartiles": [' in out.read_text()
+            ):
+                time.sleep(0.2)
+            running.terminate()
+            said, _ = running.communicate(timeout=120)
+        finally:
+            running.kill()
+    assert running.returncode == 1 and "interrupted" in said, said
+    found = {r.implementation: r for r in record.read(out)}
+    assert found["drift_gate"].seconds and found["drift_gate"].ratio_quartiles
+    assert list(tmp_path.glob("out_rows_time.png"))
 
 
 @pytest.mark.parametrize(

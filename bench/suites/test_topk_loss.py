@@ -121,7 +121,9 @@ SUITE = Suite(
         *baseline(eager),
         Implementation("eager, gathered first", lambda work: train(gathered_first(work))),
         Implementation(
-            f"{COMPILED}, gathered first", lambda work: train(compiled(gathered_first(work)))
+            f"{COMPILED}, gathered first",
+            lambda work: train(compiled(gathered_first(work))),
+            compiles=True,
         ),
         Implementation("drift_gate", drift_gate_loss(False), temporaries=4),
         Implementation("drift_gate, in place", drift_gate_loss(True), "", "same", 0, True),
