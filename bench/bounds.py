@@ -47,7 +47,7 @@ class Bounds(NamedTuple):
     end: float = math.inf  # of time.monotonic(): no round is begun that would pass it
     slow: float = 1.5  # times the baseline: a peer that takes longer is called once
     slowest: float = 5.0  # times the baseline: a call is stopped there
-    slack: float = 1.0  # seconds beside that
+    slack: float = 5.0  # seconds beside that, and what nobody minds
     compiling: float = 90.0  # seconds more for a first call that compiles
 
     def limit(self, baseline: float, compiles: bool, reserved: float) -> float:

@@ -63,7 +63,7 @@ def call(run: Run, leaves: Leaves, truth: Truth, device: torch.device, limit: fl
     before, work = run
     before()
     try:
-        with within(limit), peak_bytes(device) as memory:
+        with peak_bytes(device) as memory, within(limit):
             start = time.perf_counter()
             outputs = work()  # kept: gradients count
             if device.type == "cuda":

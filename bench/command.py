@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import compare, record, report
+from . import compare, growth, record, report
 from .harness import UNREACHED
 from .measure import device_name
 from .record import Result
@@ -54,7 +54,8 @@ def run(
 ) -> bool:  # fmt: skip
     """Measure, print, write and draw; whether everything that must run did."""
     console = Console(file=sys.stdout)
-    path = out or record.new_path(record.results_folder(), device_name(device), suites)
+    name = [grid] if suites == suite_names() else [grid, *suites]
+    path = out or record.new_path(record.results_folder(), device_name(device), name)
     files = [str(SUITES / f"test_{name}.py") for name in suites]
     options = [
         "-s", "-q", "-p", "no:cacheprovider", f"--rootdir={SUITES}", "-c", "/dev/null",
@@ -89,6 +90,8 @@ def show(console: Console, path: Path, plots: bool) -> None:
     for table in report.tables(results, console.width):
         console.print(table, "")
     console.print(report.LEGEND, style="dim")
+    for one in growth.found_in(results):
+        console.print(report.grown(one))
     console.print(f"written to {path}", soft_wrap=True)
     if plots:
         from .plots import draw

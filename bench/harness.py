@@ -11,19 +11,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import timing
+from . import targets, timing
 from .bounds import Bounds
 from .calls import Call, Leaves, Run, call
 from .cases import Anchor, Case, cases
 from .floors import Floor
 from .inputs import Work
 from .measure import available_bytes, environment, quartiles
+from .names import BASELINE, COMPILED, GEMM, GEMMS, OURS
 from .peers.guard import LeftOut, OtherWork
 from .record import Result
 from .truth import Outputs, Truth
-
-BASELINE = "eager"
-OURS = "drift_gate"
 
 
 class Implementation(NamedTuple):
@@ -56,7 +54,29 @@ class Suite(NamedTuple):
     leaves: tuple[str, ...] = ("logits",)  # fields of Work that the gradient is taken in
 
     def cases(self, grid: str, on_gpu: bool) -> list[Case]:
-        return cases(self.anchor(on_gpu), self.works, grid, on_gpu)
+        """The sizes of a grid; those that the README's rows need first."""
+        first = targets.cases(self.name, on_gpu)
+        if grid == "targets":
+            return first
+        found = cases(self.anchor(on_gpu), self.works, grid, on_gpu)
+        return found if grid in ("growth", "dry") else list(dict.fromkeys([*first, *found]))
+
+    def chosen(self, grid: str, on_gpu: bool) -> list[Implementation]:
+        """Who is measured: for the README's rows those who do the whole work, for the growth of the
+        cost this package and the baselines, else everybody."""
+        if grid == "targets":
+            return [i for i in self.implementations if _for_targets(i, on_gpu)]
+        if grid == "growth":
+            own = (BASELINE, COMPILED)
+            return [i for i in self.implementations if i.name in own or i.name.startswith(OURS)]
+        return list(self.implementations)
+
+
+def _for_targets(implementation: Implementation, on_gpu: bool) -> bool:
+    """Whether a row of the README may show it; the bare products are the unit of a GPU's."""
+    if implementation.name in (GEMM, GEMMS):
+        return on_gpu
+    return targets.does_all(implementation.note)
 
 
 def free_bytes(device: torch.device) -> float:
@@ -124,6 +144,7 @@ def measure(
         truth = truths.get(implementation.truth, {})
         try:
             run = _prepared(implementation, work, leaves)
+            gc.freeze()  # what a peer imports need not be walked after every call
             one = functools.partial(call, run, leaves, truth, device)
             found, result.one_call = _called(implementation, one, warm, bounds, device)
             seconds, result.extra_bytes, result.gradient_bytes, result.errors = found
@@ -166,9 +187,11 @@ def _inputs(suite: Suite, case: Case, device: torch.device) -> Work:
         LeftOut: they need more memory than is free.
     """
     key = repr((suite.draw, case._replace(what=""), device))
+    gc.unfreeze()
     if key not in _LAST:
         _LAST.clear()
-        _forget(device)
+    _forget(device)
+    if key not in _LAST:
         if (needed := input_bytes(case)) > free_bytes(device):
             raise LeftOut(_memory(needed, device))
         _LAST[key] = suite.draw(case, device)

@@ -100,10 +100,10 @@ def results_folder() -> Path:
     return (root if (root / "pyproject.toml").exists() else Path.cwd()) / "bench" / "results"
 
 
-def new_path(folder: Path, device: str, suites: Collection[str]) -> Path:
-    """A file by device, date and time, and by suites where they are few."""
+def new_path(folder: Path, device: str, names: Collection[str]) -> Path:
+    """A file by device, date and time, and by grid and suites where they are few."""
     stamp = time.strftime("%Y-%m-%d_%H%M%S")
-    name = "+".join(suites) if len(suites) <= 3 else f"{len(suites)}_suites"
+    name = "+".join(names if len(names) <= 4 else [*names][:1])
     return folder / slug(device) / f"{stamp}_{name}.json"
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from drift_gate.backends import resolve
 
-from .harness import BASELINE, Implementation
+from .harness import Implementation
 from .inputs import Work
+from .names import BASELINE, COMPILED
 from .peers.guard import LeftOut, Peer
 from .truth import Outputs
 
-COMPILED = "torch.compile of eager"
 Loss = Callable[..., Tensor]  # leaves -> loss []
 Forward = Callable[..., Outputs]
 GRADS = {1: ("grad",), 2: ("grad_hidden", "grad_weight")}  # by how many leaves there are

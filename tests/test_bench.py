@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from drift_gate.bench import (
     command,
     compare,
     floors,
+    growth,
     harness,
     inputs,
     record,
@@ -101,6 +103,23 @@ def test_grids():
     for on_gpu in (False, True):
         rows = [c.rows for c in cases.cases(anchor, ("a",), "growth", on_gpu)]
         assert max(rows) == 64 * min(rows)
+
+
+def test_sizes_of_the_readme_s_rows():
+    """Every row is measured by a suite that has its implementation, and before all else."""
+    for on_gpu, rows in ((False, targets.CPU), (True, targets.GPU)):
+        for row in rows:
+            suite = load_suite(row.suite)
+            cases_ = suite.cases("targets", on_gpu)
+            assert row.case in cases_ and suite.cases("quick", on_gpu)[: len(cases_)] == cases_
+            assert suite.floor(row.case).bytes > 0 and row.what in suite.works
+            names = {i.name for i in suite.chosen("targets", on_gpu)}
+            assert {"eager", row.implementation, row.beside} <= names
+            assert (targets.GEMMS in names) == (on_gpu and row.hidden > 0)
+        assert load_suite("rows").cases("targets", on_gpu) == []
+    assert {i.name for i in load_suite("linear_opd_loss").chosen("growth", False)} == {
+        "eager", targets.COMPILED, "drift_gate",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["peaked", "normal"])
@@ -386,16 +405,46 @@ def test_rows_of_the_readme():
 
     eager = made_up(10.0, implementation="eager", extra_bytes=1000)
     assert "not measured" in line(eager)
-    assert "not measured" in line(eager, made_up(1.0, rows=512, ratio_quartiles=(0.1, 0.1, 0.1)))
-    fast = made_up(1.0, ratio_quartiles=(0.1, 0.2, 0.3))
-    assert "0.2 x eager" in line(eager, fast) and "missed" not in line(eager, fast)
-    slow = made_up(3.0, ratio_quartiles=(0.1, 0.3, 0.4))
-    assert "0.3 x eager, 3300 ms (missed)" in line(eager, slow)
+    assert "not measured" in line(eager, made_up(1.0, rows=512))
+    fast = made_up(1.0)
+    assert "0.1 x eager (0.1 to 0.1), 1100 ms" in line(eager, fast) and "missed" not in line(
+        eager, fast
+    )
+    slow = made_up(3.0)
+    assert "0.3 x eager (0.3 to 0.3), 3300 ms (missed)" in line(eager, slow)
+    assert "1.0%" in line(eager, fast) and "missed" in line(eager, made_up(1.0, extra_bytes=21))
     peers = (
         made_up(2.0, implementation="whole", note="gate eager"),
         made_up(1.0, implementation="half", note="cross entropy alone: no clip, no gate"),
     )
     assert "whole, 2200 ms" in line(eager, fast, *peers)  # who does less is not the best
+
+
+def test_a_row_beside_another_implementation_than_the_eager_loss():
+    row = next(target for target in targets.CPU if target.beside == targets.COMPILED)
+    case = row.case._asdict()
+    ours, eager, compiled = (
+        dataclasses.replace(made_up(s, row.suite, implementation=name), case=case)
+        for s, name in ((1.5, "drift_gate"), (3.0, "eager"), (2.0, targets.COMPILED))
+    )
+    text = targets.line(row, [ours, eager, compiled], targets.cpu_time, gpu=False)
+    assert "0.75 x torch.compile of eager (0.75 to 0.75), 1650 ms" in text and "100.0%" in text
+    once = dataclasses.replace(compiled, one_call=True, seconds=[[2.0]])
+    assert "not measured" in targets.line(row, [ours, eager, once], targets.cpu_time, gpu=False)
+
+
+def test_growth_of_the_cost():
+    """Of the sizes of a suite the one whose rows span most; twice the time for twice the rows."""
+    wide = [made_up(1e-6 * n, rows=n, extra_bytes=8 * n, gradient_bytes=2 * n) for n in (64, 4096)]
+    narrow = [
+        dataclasses.replace(r, case=r.case | {"vocab": 7})
+        for r in (made_up(9.0), made_up(9, rows=2048))
+    ]
+    (found,) = growth.found_in([*wide, *narrow])
+    assert (found.rows, found.factor) == ([64, 4096], 64)
+    assert list(growth.cells(found)) == [("drift_gate, in place", ["1.1, 0.000384", "1.1, 0.0246"])]
+    assert "| drift_gate, in place | 1.1, 0.000384 | 1.1, 0.0246 |" in growth.markdown(wide)
+    assert not list(growth.found_in(narrow))
 
 
 # Running.

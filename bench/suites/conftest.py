@@ -74,14 +74,8 @@ class Session:
             pytest.fail(self.failed[key], pytrace=False)
         if key in self.results:
             return self.results[key]
-        now, items = time.monotonic(), case.rows * max(case.vocab, case.k, 1)
-        if not any(name == suite.name for name, _ in self.results):
-            left = len(self.wanted) - len({name for name, _ in self.results})
-            self.suite_end = now + max(self.end - now, 0) / max(left, 1)
-            self.fixed = self.per_item = 0.0
-        if now + self.fixed + self.per_item * items > self.suite_end and self.fixed:
-            pytest.skip(UNREACHED)
-        bounds = Bounds(self.rounds, self.suite_end)
+        now, items = time.monotonic(), _items(case)
+        bounds = Bounds(self.rounds, self.end_of(suite, case, now))
 
         def keep(results: dict[str, Result]) -> None:
             self.results[key] = results
@@ -99,13 +93,40 @@ class Session:
         self.fixed, self.per_item = max(spent - steady, 1e-3), steady / items
         return found
 
+    def end_of(self, suite: Suite, case: Case, now: float) -> float:
+        """Until when a case may take. Skips it where its suite has no time left.
+
+        Of the README's rows none is skipped, and each has its share of the time that is left. In
+        other grids each suite has the same, and what comes first takes what it needs.
+        """
+        if self.grid == "targets":
+            weights = {
+                (name, one): _items(one) * (2 if one.hidden else 1) * len(who)
+                for name, wanted in self.wanted.items()
+                for one, who in wanted.items()
+                if (name, one) not in self.results
+            }
+            share = weights[suite.name, case] / sum(weights.values())
+            return now + share * max(self.end - now, 0)
+        if not any(name == suite.name for name, _ in self.results):
+            left = len(self.wanted) - len({name for name, _ in self.results})
+            self.suite_end = now + max(self.end - now, 0) / max(left, 1)
+            self.fixed = self.per_item = 0.0
+        if now + self.fixed + self.per_item * _items(case) > self.suite_end and self.fixed:
+            pytest.skip(UNREACHED)
+        return self.suite_end
+
     def write(self) -> None:
         """Everything so far: what is cut short keeps what it has."""
         if self.out is None:
             folder = record.results_folder()
-            self.out = record.new_path(folder, device_name(self.device), self.wanted)
+            self.out = record.new_path(folder, device_name(self.device), [self.grid, *self.wanted])
         record.write(self.out, [r for found in self.results.values() for r in found.values()])
         self.written = time.monotonic()
+
+
+def _items(case: Case) -> int:
+    return case.rows * max(case.vocab, case.k, 1)
 
 
 KEY = pytest.StashKey[Session]()
@@ -115,7 +136,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     suite: Suite = metafunc.module.SUITE
     session = metafunc.config.stash[KEY]
     cases = suite.cases(session.grid, session.on_gpu)
-    pairs = [(suite, case, each) for case in cases for each in suite.implementations]
+    pairs = [
+        (suite, case, each) for case in cases for each in suite.chosen(session.grid, session.on_gpu)
+    ]
     names = [f"{case}: {each.name}" for _, case, each in pairs]
     metafunc.parametrize("measured", pairs, indirect=True, ids=names)
 

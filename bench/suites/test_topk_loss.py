@@ -11,10 +11,11 @@ from drift_gate.bench import floors
 from drift_gate.bench.cases import Case
 from drift_gate.bench.harness import Implementation, Suite
 from drift_gate.bench.inputs import Work, draw
+from drift_gate.bench.names import COMPILED
 from drift_gate.bench.peers import lists, plain
 from drift_gate.bench.peers.guard import OtherWork, Peer
 from drift_gate.bench.replay import replay
-from drift_gate.bench.runs import COMPILED, baseline, compiled, finished, train
+from drift_gate.bench.runs import baseline, compiled, finished, train
 from drift_gate.bench.truth import Truth, sampled_or_listed
 from torch import Tensor
 
