@@ -41,7 +41,7 @@ def within(seconds: float) -> Iterator[None]:
 
 
 class Bounds(NamedTuple):
-    """Of one case. The baseline and this package are not bounded."""
+    """Of one case. The baseline and this package run, whatever they take."""
 
     rounds: int
     end: float = math.inf  # of time.monotonic(): no round is begun that would pass it
@@ -50,13 +50,16 @@ class Bounds(NamedTuple):
     slack: float = 5.0  # seconds beside that, and what nobody minds
     compiling: float = 90.0  # seconds more for a first call that compiles
 
-    def limit(self, baseline: float, compiles: bool, reserved: float) -> float:
-        """Seconds that a peer's call may take, where rounds to come need `reserved` of the rest.
+    def limit(self, baseline: float, compiles: bool) -> float:
+        """Seconds that a peer's call may take, by those of the baseline's.
 
-        baseline: seconds of the baseline's call; compiles: whether this call may compile.
+        compiles: whether this call may compile.
         """
-        alone = self.slowest * baseline + self.slack + self.compiling * compiles
-        return min(alone, self.end - time.monotonic() - reserved)
+        return self.slowest * baseline + self.slack + self.compiling * compiles
+
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self.end - time.monotonic()
 
     def is_slow(self, seconds: float, baseline: float) -> bool:
         """Whether a peer's call takes so long that its time need be known no better."""

@@ -250,14 +250,15 @@ def _called(
         return one(math.inf), False
     compiles = implementation.compiles or device.type == "cuda"
     eager = warm.get(BASELINE, math.inf)  # which may have found no memory
-    to_come = 2 * sum(warm.values())  # of two rounds of those that take part
-    limit = bounds.limit(eager, compiles, to_come)
+    limit = bounds.limit(eager, compiles)
+    if implementation.name != COMPILED:  # the peer that always is, and that rows refer to
+        limit = min(limit, bounds.left() - 2 * sum(warm.values()))  # of two rounds to come
     if limit < (eager if BASELINE in warm else 0):
         raise LeftOut(UNREACHED)
     first = one(limit)
     if not compiles and bounds.is_slow(first.seconds, eager):
         return first, True
-    second = one(bounds.limit(eager, False, 0))
+    second = one(bounds.limit(eager, False))
     return second, bounds.is_slow(second.seconds, eager)
 
 

@@ -308,10 +308,12 @@ def test_a_slow_peer_is_called_once_and_a_slower_one_is_stopped():
 
 
 def test_what_the_time_budget_does_not_reach_is_left_out():
-    suite = toy(Implementation("late", square), Implementation("drift_gate", square))
+    compiled = Implementation("torch.compile of eager", square)
+    suite = toy(compiled, Implementation("late", square), Implementation("drift_gate", square))
     bounds = Bounds(rounds=5, end=time.monotonic() - 1)
     found = harness.measure(suite, SMALL, CPU, bounds)
     assert found["late"].left_out == harness.UNREACHED and found["late"].seconds == []
+    assert found["torch.compile of eager"].left_out is None  # a row may need it
     for name in ("eager", "drift_gate"):  # must run, for one round
         assert len(found[name].seconds) == 1 and found[name].left_out is None
 
@@ -480,6 +482,18 @@ def test_the_command_and_its_results(tmp_path):
     ours = found["drift_gate"]
     assert len(ours.seconds) == 2 and ours.errors["grad"]["max"] < 1e-7
     assert ours.bytes_must_move == floors.rows(ours.size).bytes
+
+
+@pytest.mark.slow
+def test_a_suite_without_a_size_in_the_grid_has_nothing_to_run():
+    """No row of the README is about the suite rows."""
+    files = [str(command.SUITES / f"test_{name}.py") for name in ("rows", "full_loss")]
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "--bench-grid", "targets"]
+    command_line = [sys.executable, "-m", "pytest", *options, "--bench-device", "cpu", *files]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_full_loss[jsd, 1024 x 151936, bfloat16, peaked: drift_gate]" in done.stdout
+    assert "test_rows" not in done.stdout
 
 
 @pytest.mark.slow
