@@ -40,7 +40,7 @@ bench: .venv/.installed  ## every pass and loss beside its peers; SUITES="scan o
 
 bench-cpu: .venv/.installed  ## the README's figures on a CPU, in twelve minutes
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m drift_gate bench --grid targets --device cpu \
-	  --budget 640
+	  --budget 600
 
 bench-growth: .venv/.installed  ## time a token and memory over 64 times the rows, on a CPU
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m drift_gate bench --grid growth --device cpu \
