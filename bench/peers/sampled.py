@@ -138,7 +138,7 @@ def _quack_linear(device: torch.device) -> FromHidden:
 
 
 FROM_HIDDEN = (
-    Peer("TRL ChunkedLogProbFunction", _trl_linear, temporaries=4),
+    Peer("TRL ChunkedLogProbFunction", _trl_linear, 4, compiles=True),  # imports, in fact
     Peer("VeOmni chunk_logprobs", _veomni_linear, temporaries=4),
     Peer("verl FusedLinearForPPO", _verl_linear, temporaries=4),
     Peer("cut-cross-entropy", _cce("none"), temporaries=8, compiles=True),
