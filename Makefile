@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n 2
 # Kernels are also compiled under these versions of Triton, beside the pinned one.
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: help test lint distill fuzz sanitize mutants bench bench-core readme-table \
+.PHONY: help test lint distill fuzz sanitize mutants bench bench-cpu bench-growth readme-table \
 	compile-check wheel-check clean
 
 help:  ## list the targets
@@ -38,8 +38,13 @@ mutants: .venv/.installed  ## plant small faults one by one: the tests must fail
 bench: .venv/.installed  ## every pass and loss beside its peers; SUITES="scan opd_loss" for some
 	$(BIN)/python -m drift_gate bench $(SUITES)
 
-bench-core: .venv/.installed  ## time and memory of the CPU core beside the eager loss
-	$(BIN)/python -m drift_gate.bench.cpu_core
+bench-cpu: .venv/.installed  ## the README's figures on a CPU, in twelve minutes
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m drift_gate bench --grid targets --device cpu \
+	  --budget 600
+
+bench-growth: .venv/.installed  ## time a token and memory over 64 times the rows, on a CPU
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m drift_gate bench --grid growth --device cpu \
+	  --budget 1500 --rounds 3 opd_loss topk_loss full_loss linear_opd_loss linear_topk_loss
 
 readme-table: .venv/.installed  ## write the README's figures from the committed results
 	$(BIN)/python -m drift_gate.bench.readme_table
@@ -52,7 +57,7 @@ wheel-check: .venv/.installed  ## build the wheel from the sdist, and import it 
 	$(PIP_INSTALL) --no-cache-dir --no-deps --no-build-isolation --target dist/site dist/*.tar.gz
 	cd dist/site && test ! -e kernels && test ! -e bench && test -e drift_gate/py.typed
 	cd dist/site && ../../$(BIN)/python -c "import os; \
-	  import drift_gate.kernels.scan as kernels, drift_gate.bench.cpu_core as bench; \
+	  import drift_gate.kernels.scan as kernels, drift_gate.bench.targets as bench; \
 	  assert all(module.__file__.startswith(os.getcwd()) for module in (kernels, bench))"
 
 clean:  ## remove .venv and everything built

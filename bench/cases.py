@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-GRIDS = ("quick", "star", "full", "growth", "dry")
+GRIDS = ("targets", "quick", "star", "full", "growth", "dry")
 
 ROWS = (8192, 1024, 256, 2048, 512, 4096, 16384, 32768, 65536)
 VOCABS = (151_936, 32_000, 50_257, 128_256, 262_144)
@@ -44,11 +44,12 @@ class Case(NamedTuple):
 
 
 def cases(anchor: Case, works: Sequence[str], grid: str, on_gpu: bool) -> list[Case]:
-    """The grid around `anchor`, the size that the README quotes; that size comes first.
+    """The grid around `anchor`; that size comes first.
 
     quick: the anchor alone, for each work. star: one of rows, vocabulary, list, width, dtype and
     kind of input varied at a time, for the first work. full: all products. growth: rows over a
-    factor of 64, a small vocabulary, so that the longest fits. dry: tiny.
+    factor of 64, a vocabulary so small that the longest fits. dry: tiny. The grid "targets" is that
+    of targets.py.
     """
     if grid == "dry":
         small = anchor._replace(
@@ -60,9 +61,11 @@ def cases(anchor: Case, works: Sequence[str], grid: str, on_gpu: bool) -> list[C
     if grid == "quick":
         return anchors
     if grid == "growth":
-        short = 64 if anchor.hidden and not on_gpu else 1024
-        vocab = min(anchor.vocab, 32_000 if on_gpu or anchor.hidden else 8192)
-        small = anchor._replace(vocab=vocab, hidden=min(anchor.hidden, 1024))
+        short = 1024 if on_gpu else 256
+        small = anchor._replace(
+            vocab=min(anchor.vocab, 32_000), k=min(anchor.k, 64),
+            hidden=min(anchor.hidden, 1024 if on_gpu else 256),
+        )  # fmt: skip
         powers = range(1, GROWTH.bit_length() - 1)  # between the ends, which come first
         rows = [short, GROWTH * short, *(short << power for power in powers)]
         return [small._replace(rows=n) for n in rows]

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import compare, record, report
+from . import compare, growth, record, report
+from .harness import UNREACHED
 from .measure import device_name
 from .record import Result
 
@@ -30,6 +31,7 @@ class Bar:
     def __init__(self, progress: Progress) -> None:
         self.progress, self.task = progress, progress.add_task("collecting", total=None)
         self.failures: list[str] = []
+        self.unreached = 0
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.progress.update(self.task, total=len(session.items))
@@ -40,6 +42,8 @@ class Bar:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "teardown":
             self.progress.advance(self.task)
+        if report.skipped and UNREACHED in report.longreprtext:
+            self.unreached += 1
         if report.failed:
             self.failures.append(f"{report.nodeid}: {report.longreprtext.splitlines()[-1]}")
 
@@ -50,7 +54,8 @@ def run(
 ) -> bool:  # fmt: skip
     """Measure, print, write and draw; whether everything that must run did."""
     console = Console(file=sys.stdout)
-    path = out or record.new_path(record.results_folder(), device_name(device), suites)
+    name = [grid] if suites == suite_names() else [grid, *suites]
+    path = out or record.new_path(record.results_folder(), device_name(device), name)
     files = [str(SUITES / f"test_{name}.py") for name in suites]
     options = [
         "-s", "-q", "-p", "no:cacheprovider", f"--rootdir={SUITES}", "-c", "/dev/null",
@@ -65,11 +70,15 @@ def run(
             code = pytest.main([*options, *files], plugins=[bar])
     for failure in bar.failures:
         console.print(f"failed: {failure}", style="red", markup=False)
-    if code not in (0, 1) and not bar.failures:
+    if code not in (0, 1, pytest.ExitCode.INTERRUPTED) and not bar.failures:
         console.print(said.getvalue(), markup=False)
     if not path.exists():
         return False
     show(console, path, plots)
+    if bar.unreached:
+        console.print(f"{bar.unreached} measurements left out: {UNREACHED}")
+    if code == pytest.ExitCode.INTERRUPTED:
+        console.print("interrupted: this is what was measured until then", style="red")
     return code == 0
 
 
@@ -81,6 +90,8 @@ def show(console: Console, path: Path, plots: bool) -> None:
     for table in report.tables(results, console.width):
         console.print(table, "")
     console.print(report.LEGEND, style="dim")
+    for one in growth.found_in(results):
+        console.print(report.grown(one))
     console.print(f"written to {path}", soft_wrap=True)
     if plots:
         from .plots import draw

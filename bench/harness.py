@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from . import timing
+from . import targets, timing
+from .bounds import Bounds
+from .calls import Call, Leaves, Run, call
 from .cases import Anchor, Case, cases
 from .floors import Floor
 from .inputs import Work
-from .measure import available_bytes, environment, peak_bytes, quartiles
+from .measure import available_bytes, environment, quartiles
+from .names import BASELINE, COMPILED, GEMM, GEMMS, OURS
 from .peers.guard import LeftOut, OtherWork
 from .record import Result
-from .truth import Outputs, Truth, errors
-
-BASELINE = "eager"
-OURS = "drift_gate"
+from .truth import Outputs, Truth
 
 
 class Implementation(NamedTuple):
@@ -32,6 +33,12 @@ class Implementation(NamedTuple):
     truth: str = "same"  # key into the suite's truths; None of them: nothing to compare
     temporaries: float = 14  # bytes that it takes beside each logit, for the memory guard
     overwrites: bool = False  # its leaves: they are restored before every run
+    compiles: bool = False  # in its first call, on a CPU; on a GPU everything does
+
+    @property
+    def may_fail(self) -> bool:
+        """Whether it is a peer: what it raises, or how long it takes, may leave it out."""
+        return self.name != BASELINE and not self.name.startswith(OURS)
 
 
 class Suite(NamedTuple):
@@ -47,7 +54,29 @@ class Suite(NamedTuple):
     leaves: tuple[str, ...] = ("logits",)  # fields of Work that the gradient is taken in
 
     def cases(self, grid: str, on_gpu: bool) -> list[Case]:
-        return cases(self.anchor(on_gpu), self.works, grid, on_gpu)
+        """The sizes of a grid; those that the README's rows need first."""
+        first = targets.cases(self.name, on_gpu)
+        if grid == "targets":
+            return first
+        found = cases(self.anchor(on_gpu), self.works, grid, on_gpu)
+        return found if grid in ("growth", "dry") else list(dict.fromkeys([*first, *found]))
+
+    def chosen(self, grid: str, on_gpu: bool) -> list[Implementation]:
+        """Who is measured: for the README's rows those who do the whole work, for the growth of the
+        cost this package and the baselines, else everybody."""
+        if grid == "targets":
+            return [i for i in self.implementations if _for_targets(i, on_gpu)]
+        if grid == "growth":
+            own = (BASELINE, COMPILED)
+            return [i for i in self.implementations if i.name in own or i.name.startswith(OURS)]
+        return list(self.implementations)
+
+
+def _for_targets(implementation: Implementation, on_gpu: bool) -> bool:
+    """Whether a row of the README may show it; the bare products are the unit of a GPU's."""
+    if implementation.name in (GEMM, GEMMS):
+        return on_gpu
+    return targets.does_all(implementation.note)
 
 
 def free_bytes(device: torch.device) -> float:
@@ -78,39 +107,52 @@ def input_bytes(case: Case) -> int:
     return 2 * logits + (1 << 30) if logits > 1 << 26 else 0
 
 
+CUT = "the run ended before its turn"
+UNREACHED = "the time budget does not reach so far (--budget)"
+
+
 def measure(
-    suite: Suite, case: Case, device: torch.device, rounds: int, wanted: Iterable[str] = ()
-) -> dict[str, Result]:
+    suite: Suite, case: Case, device: torch.device, bounds: Bounds, wanted: Iterable[str] = (),
+    keep: Callable[[dict[str, Result]], object] = lambda results: None,
+) -> dict[str, Result]:  # fmt: skip
     """Results of a case by implementation: those wanted (all, if none are) and the baseline.
 
     Whatever a peer raises is its reason to be left out; this package and the baseline must run.
+    `keep` is called with what there is so far, and again whenever there is more.
     """
     chosen = [i for i in suite.implementations if not wanted or i.name in (*wanted, BASELINE)]
     floor = suite.floor(case)
-    _forget(device)
     blank = functools.partial(
         Result, suite.name, case._asdict(), baseline=BASELINE, bytes_must_move=floor.bytes,
         flops=floor.flops, machine=_machine(device),
         copy_bytes_per_s=timing.copy_bandwidth(device), gemm_flops_per_s=_gemm_rate(case, device),
     )  # fmt: skip
-    results = {i.name: blank(implementation=i.name, note=i.note) for i in chosen}
-    if (needed := input_bytes(case)) > free_bytes(device):
+    results = {i.name: blank(implementation=i.name, note=i.note, left_out=CUT) for i in chosen}
+    keep(results)
+    try:
+        work = _inputs(suite, case, device)
+    except LeftOut as reason:
         for result in results.values():
-            result.left_out = _memory(needed, device)
+            result.left_out = str(reason)
         return results
-    work = suite.draw(case, device)
     truths = suite.truths(work)
     leaves = Leaves([getattr(work, name) for name in suite.leaves])
+    warm: dict[str, float] = {}  # seconds of a call of those that take part in the rounds
     runs = {}
     for implementation in chosen:
         result = results[implementation.name]
+        truth = truths.get(implementation.truth, {})
         try:
-            leaves.before(overwrites=False)
             run = _prepared(implementation, work, leaves)
-            result.extra_bytes, outputs = _once(*run, device)
-            result.gradient_bytes = _gradient_bytes(outputs, leaves)
-            result.errors = errors(outputs, truths.get(implementation.truth, {}))
-            runs[implementation.name] = run
+            gc.freeze()  # what a peer imports need not be walked after every call
+            one = functools.partial(call, run, leaves, truth, device)
+            found, result.one_call = _called(implementation, one, warm, bounds, device)
+            seconds, result.extra_bytes, result.gradient_bytes, result.errors = found
+            if result.one_call:
+                result.seconds, result.left_out = [[seconds]], None
+                result.ratio_quartiles = (seconds / warm[BASELINE],) * 3
+            else:
+                runs[implementation.name], warm[implementation.name] = run, seconds
         except OtherWork:
             del results[implementation.name]
         except LeftOut as reason:
@@ -118,17 +160,42 @@ def measure(
         except torch.OutOfMemoryError:
             result.left_out = "out of memory"
         except Exception as error:  # what a peer may raise is not known
-            if implementation.name.startswith(OURS) or implementation.name == BASELINE:
+            if not implementation.may_fail:
                 raise
             first = (str(error).strip().splitlines() or [""])[0]
             result.left_out = f"{type(error).__name__}: {first}"
         finally:
-            outputs = None
+            leaves.restore()
             _forget(device)
-    for name, seconds in timing.interleaved(runs, device, rounds).items():
-        results[name].seconds = seconds
-    _compare(results)
+        keep(results)
+    for times in timing.interleaved(runs, device, bounds.rounds, bounds.end):
+        for name, rounds in times.items():
+            results[name].seconds, results[name].left_out = rounds, None
+        _compare(results)
+        keep(results)
+    leaves.restore()
     return results
+
+
+_LAST: dict[str, Work] = {}  # the inputs drawn last: works of one size follow one another
+
+
+def _inputs(suite: Suite, case: Case, device: torch.device) -> Work:
+    """The inputs of a case, which depend on its size alone, and not on what is done with them.
+
+    Raises:
+        LeftOut: they need more memory than is free.
+    """
+    key = repr((suite.draw, case._replace(what=""), device))
+    gc.unfreeze()
+    if key not in _LAST:
+        _LAST.clear()
+    _forget(device)
+    if key not in _LAST:
+        if (needed := input_bytes(case)) > free_bytes(device):
+            raise LeftOut(_memory(needed, device))
+        _LAST[key] = suite.draw(case, device)
+    return dataclasses.replace(_LAST[key], case=case)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
@@ -160,65 +227,46 @@ def _memory(needed: float, device: torch.device) -> str:
     return f"takes about {needed / 1e9:.1f} GB, and {free_bytes(device) / 1e9:.1f} GB are free"
 
 
-class Leaves:
-    """What gradients are taken in, and copies of it once somebody overwrites it."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = [x.detach().requires_grad_() for x in tensors]
-        self.copies: list[Tensor] = []
-        self.dirty = False
-
-    def before(self, overwrites: bool) -> None:
-        """Restore what the last run overwrote; `overwrites` says whether the next one does."""
-        if self.dirty:
-            with torch.no_grad():
-                for leaf, copy in zip(self.tensors, self.copies, strict=True):
-                    leaf.copy_(copy)
-        if overwrites and not self.copies:
-            self.copies = [leaf.detach().clone() for leaf in self.tensors]
-        self.dirty = overwrites
-
-    def own(self, x: Tensor) -> bool:
-        """Whether a tensor lies in their memory."""
-        return x.data_ptr() in {leaf.data_ptr() for leaf in self.tensors}
-
-
-def _prepared(
-    implementation: Implementation, work: Work, leaves: Leaves
-) -> tuple[Callable[[], None], Callable[[], Outputs]]:
-    """(before, run): what is not timed, and what is."""
+def _prepared(implementation: Implementation, work: Work, leaves: Leaves) -> Run:
+    """What restores the leaves, and the run itself."""
     needed = implementation.temporaries * work.case.rows * work.case.vocab
     if needed > free_bytes(work.device):
         raise LeftOut(_memory(needed, work.device))
     before = functools.partial(leaves.before, implementation.overwrites)
+    leaves.before(overwrites=False)
     return before, functools.partial(implementation.make(work), *leaves.tensors)
 
 
-def _once(
-    before: Callable[[], None], run: Callable[[], Outputs], device: torch.device
-) -> tuple[int, Outputs]:
-    """Run twice, the first time to compile: exact peak of extra bytes, and the outputs."""
-    before()
-    run()
-    before()
-    with peak_bytes(device) as memory:
-        outputs = run()  # kept: gradients count
-    return memory.peak, outputs
+def _called(
+    implementation: Implementation, one: Callable[[float], Call], warm: dict[str, float],
+    bounds: Bounds, device: torch.device,
+) -> tuple[Call, bool]:  # fmt: skip
+    """A warm call, and whether it is to be the only one of a peer: so slow that it takes no rounds.
 
-
-def _gradient_bytes(outputs: Outputs, leaves: Leaves) -> int:
-    """Bytes of the gradients that do not lie in a leaf's memory."""
-    grads = [x for name, x in outputs.items() if name.startswith("grad")]
-    return sum(x.nbytes for x in grads if not leaves.own(x))
+    A slow peer that does not compile is not warmed: its first call is it.
+    """
+    if not implementation.may_fail:
+        one(math.inf)
+        return one(math.inf), False
+    compiles = implementation.compiles or device.type == "cuda"
+    eager = warm.get(BASELINE, math.inf)  # which may have found no memory
+    limit = bounds.limit(eager, compiles)
+    if implementation.name != COMPILED:  # the peer that always is, and that rows refer to
+        limit = min(limit, bounds.left() - 2 * sum(warm.values()))  # of two rounds to come
+    if limit < (eager if BASELINE in warm else 0):
+        raise LeftOut(UNREACHED)
+    first = one(limit)
+    if not compiles and bounds.is_slow(first.seconds, eager):
+        return first, True
+    second = one(bounds.limit(eager, False))
+    return second, bounds.is_slow(second.seconds, eager)
 
 
 def _compare(results: dict[str, Result]) -> None:
     """Ratios to the baseline, round by round."""
     base = results[BASELINE]
-    if not base.seconds:
-        return
     for result in results.values():
-        if result.seconds:
+        if result.seconds and base.seconds and not result.one_call:
             pairs = zip(result.seconds, base.seconds, strict=True)
             ratios = [quartiles(mine)[1] / quartiles(theirs)[1] for mine, theirs in pairs]
             result.ratio_quartiles = quartiles(ratios)

@@ -7,6 +7,7 @@ from torch import Tensor
 from .cases import Case
 from .harness import Implementation
 from .inputs import Work
+from .names import GEMM, GEMMS
 from .runs import forward
 from .truth import Outputs
 
@@ -31,5 +32,5 @@ def bare_gemms(count: int) -> Implementation:
 
         return forward(compute)
 
-    name = "bare GEMMs" if count == 3 else "bare GEMM"
+    name = GEMMS if count == 3 else GEMM
     return Implementation(name, make, "no loss; all logits in memory", "nothing", temporaries=2)

@@ -22,34 +22,38 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports each sta
 
 @dataclass
 class Memory:
-    """Bytes of live tensor storage beyond those at entry. Set when the block ends."""
+    """Bytes of live tensor storage, relative to entry. Set when the block ends."""
 
     peak: int = 0
+    end: int = 0
 
 
 @contextmanager
-def peak_bytes(device: torch.device) -> Iterator[Memory]:
+def peak_bytes(device: torch.device | str = "cpu") -> Iterator[Memory]:
     """Measure the largest total of live tensor bytes, temporaries and results included.
 
-    Exact: from the allocator's own events on the CPU, from requested bytes on a GPU.
+    Exact on the CPU, from the allocator's own events, and on CUDA, where bytes count as requested
+    (before the allocator rounds them up). Storage freed inside that was live at entry counts as
+    negative. Not seen: memory outside torch's allocators (numpy, oneDNN scratch, checked kernels).
     """
-    memory = Memory()
+    memory, device = Memory(), torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         start = torch.cuda.memory_stats(device)["requested_bytes.all.current"]
         yield memory
         torch.cuda.synchronize(device)
-        memory.peak = torch.cuda.memory_stats(device)["requested_bytes.all.peak"] - start
+        stats = torch.cuda.memory_stats(device)
+        memory.peak = stats["requested_bytes.all.peak"] - start
+        memory.end = stats["requested_bytes.all.current"] - start
         return
     gc.collect()  # what an earlier run left in cycles is not to be freed inside
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield memory
-    live = 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        memory.peak = max(memory.peak, live)
+        memory.end += event.nbytes()
+        memory.peak = max(memory.peak, memory.end)
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -103,6 +107,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from . import growth
 from .measure import slug
 from .record import Result
 
@@ -29,7 +30,6 @@ FIXED = {  # implementation -> colour, marker, line
     "drift_gate, in place": ("#D55E00", "^", "--"),
 }
 LABEL = 9  # points
-GROWN = 16  # a factor of rows from which the cost of a row is worth a picture
 Style = tuple[str, str, str]
 Group = dict[str, list[Result]]  # implementation -> results by rows
 
@@ -61,11 +61,12 @@ def draw(results: list[Result], path: Path) -> list[Path]:
             ),
             "roofline": roofline(mine, look, suite),
         }  # fmt: skip
-        title, widest = max(groups.items(), key=lambda item: factor(item[1]))
-        if factor(widest) >= GROWN:
+        for one in growth.found_in(mine):
+            title = heading(one.size)
+            lines = {name: [line[n] for n in sorted(line)] for name, line in one.lines.items()}
             grown = [
-                Panel(title, widest, per_row, "microseconds a row"),
-                Panel(title, widest, megabytes, "extra MB"),
+                Panel(title, lines, growth.token_time, "microseconds a token"),
+                Panel(title, lines, growth.beyond_gradients, "extra MB beyond the gradients"),
             ]
             figures["growth"] = panels(grown, look, suite, share=False)
         for kind, figure in figures.items():
@@ -85,10 +86,6 @@ def milliseconds(result: Result) -> float:
 
 def megabytes(result: Result) -> float:
     return (result.extra_bytes or 0) / 1e6
-
-
-def per_row(result: Result) -> float:
-    return 1e6 * result.median / result.size.rows
 
 
 def floor(result: Result) -> float:
@@ -122,12 +119,6 @@ def heading(size: Any) -> str:
     parts += [f"H = {size.hidden:,}"] if size.hidden else []
     parts += [f"K = {size.k}"] if size.k else []
     return f"{parts[0]}\n" + ", ".join([*parts[1:], size.dtype, size.kind])
-
-
-def factor(group: Group) -> float:
-    """Between the most rows and the fewest."""
-    rows = [r.size.rows for line in group.values() for r in line]
-    return max(rows) / min(rows)
 
 
 class Panel(NamedTuple):

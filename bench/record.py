@@ -32,6 +32,7 @@ class Result:
     gemm_flops_per_s: float | None = None  # where the work has products
     left_out: str | None = None  # why it was not run; then what follows is empty
     seconds: list[list[float]] = dataclasses.field(default_factory=list)  # rounds x launches
+    one_call: bool = False  # too slow for rounds: its first, or first warm, call
     ratio_quartiles: tuple[float, float, float] | None = None  # of time, by round
     extra_bytes: int | None = None  # exact peak beyond the inputs, gradients included
     gradient_bytes: int = 0  # of the gradients returned in memory of their own
@@ -99,10 +100,10 @@ def results_folder() -> Path:
     return (root if (root / "pyproject.toml").exists() else Path.cwd()) / "bench" / "results"
 
 
-def new_path(folder: Path, device: str, suites: Collection[str]) -> Path:
-    """A file by device, date and time, and by suites where they are few."""
+def new_path(folder: Path, device: str, names: Collection[str]) -> Path:
+    """A file by device, date and time, and by grid and suites where they are few."""
     stamp = time.strftime("%Y-%m-%d_%H%M%S")
-    name = "+".join(suites) if len(suites) <= 3 else f"{len(suites)}_suites"
+    name = "+".join(names if len(names) <= 4 else [*names][:1])
     return folder / slug(device) / f"{stamp}_{name}.json"
 
 

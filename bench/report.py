@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .compare import Change
+from .growth import Growth, cells
 from .record import Result
 
 
@@ -44,6 +45,8 @@ def error(result: Result) -> tuple[str, str]:
 
 def spread(result: Result) -> str:
     """Half the interquartile range of the time, in percent of the median."""
+    if len(result.samples) == 1:
+        return "one call" if result.one_call else "one round"
     low, median, high = result.quartiles
     return f"{50 * (high - low) / median:.0f}"
 
@@ -87,6 +90,21 @@ def table(title: str, results: list[Result], wide: bool) -> Table:
             size(result.extra_bytes or 0),
             *error(result)[: 1 + wide],
         )
+    return shown
+
+
+def grown(growth: Growth) -> Table:
+    """Time of a token and memory against N."""
+    shown = Table(
+        title=f"{growth.suite}, {growth.size.what}: growth with N",
+        caption="microseconds a token, extra MB beyond the gradients returned",
+        box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False,
+    )  # fmt: skip
+    shown.add_column("")
+    for n in growth.rows:
+        shown.add_column(f"{n:,}", justify="right")
+    for name, row in cells(growth):
+        shown.add_row(name, *row)
     return shown
 
 

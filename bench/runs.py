@@ -10,12 +10,12 @@ from torch import Tensor
 
 from drift_gate.backends import resolve
 
-from .harness import BASELINE, Implementation
+from .harness import Implementation
 from .inputs import Work
+from .names import BASELINE, COMPILED
 from .peers.guard import LeftOut, Peer
 from .truth import Outputs
 
-COMPILED = "torch.compile of eager"
 Loss = Callable[..., Tensor]  # leaves -> loss []
 Forward = Callable[..., Outputs]
 GRADS = {1: ("grad",), 2: ("grad_hidden", "grad_weight")}  # by how many leaves there are
@@ -53,11 +53,9 @@ def baseline(
     function: Callable[[Work], Callable], timed: Callable = train, temporaries: float = 14
 ) -> tuple[Implementation, Implementation]:
     """Eager, and torch.compile of it. `function(work)` is what the leaves are passed to."""
-    return (
-        Implementation(BASELINE, lambda work: timed(function(work)), temporaries=temporaries),
-        Implementation(
-            COMPILED, lambda work: timed(compiled(function(work))), temporaries=temporaries
-        ),
+    plain = Implementation(BASELINE, lambda work: timed(function(work)), temporaries=temporaries)
+    return plain, plain._replace(
+        name=COMPILED, make=lambda work: timed(compiled(function(work))), compiles=True
     )
 
 
@@ -68,7 +66,7 @@ def finished(
     """A peer's function, and eagerly what is missing to the loss."""
     return Implementation(
         peer.name + suffix, lambda work: train(finish(work, peer.load(work.device))), note, truth,
-        peer.temporaries, peer.overwrites,
+        peer.temporaries, peer.overwrites, peer.compiles,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ def lines(results: list[Result]) -> list[str]:
             continue
         low, median, high = (1e3 * s for s in r.quartiles)
         ratio = f"{r.ratio_quartiles[1]:.4g}" if r.ratio_quartiles else "-"
+        ratio += " (one call)" if r.one_call else ""
         gemm = "" if r.fraction_of_gemm is None else f", {r.fraction_of_gemm:.3f} of GEMM rate"
         errors = ", ".join(
             f"{name} {e['max'] / (e['scale'] or 1):.1e}" for name, e in r.errors.items()

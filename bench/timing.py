@@ -7,8 +7,9 @@ which also keeps the device busy while the host queues the launch.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from .measure import quartiles
 
 Run = Callable[[], object]
-Seconds = list[list[float]]  # rounds x launches
+Seconds = dict[str, list[list[float]]]  # name -> rounds x launches
 
 SHARE = 0.03  # seconds of launches a round and implementation
 MOST_LAUNCHES = 20
@@ -28,14 +29,23 @@ def interleaved(
     runs: dict[str, tuple[Run, Run]],  # name -> (what is run before and not timed, the run)
     device: torch.device,
     rounds: int,
-) -> dict[str, Seconds]:
-    """Time `rounds` rounds of all runs."""
-    found: dict[str, Seconds] = {name: [] for name in runs}
+    end: float = math.inf,
+) -> Iterator[Seconds]:
+    """Time at most `rounds` rounds of all runs; yields what there is after each of them.
+
+    No round but the first is begun that would last beyond `end`, of time.monotonic().
+    """
+    found: Seconds = {name: [] for name in runs}
     counts = {name: _count(*pair, device) for name, pair in runs.items()}
-    for _ in range(rounds):
+    longest = 0.0
+    for i in range(rounds):
+        start = time.monotonic()
+        if i and start + longest > end:
+            return
         for name, (before, run) in runs.items():
             found[name].append(_time(before, run, device, counts[name]))
-    return found
+        longest = max(longest, time.monotonic() - start)
+        yield found
 
 
 def _count(before: Run, run: Run, device: torch.device) -> int:

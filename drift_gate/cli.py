@@ -138,7 +138,9 @@ def bench(
     device: Device = None,
     grid: Annotated[
         str,
-        typer.Option(help="Sizes: quick (one a work), star, full, growth (64 times the rows)."),
+        typer.Option(
+            help="Sizes: targets (README), quick, star, full, growth (64 times the rows)."
+        ),
     ] = "star",
     budget: Annotated[float, typer.Option(help="Seconds, shared by the suites.")] = 600,
     rounds: Annotated[int, typer.Option(help="Paired rounds.", min=1)] = 5,

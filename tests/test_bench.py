@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from drift_gate.bench import (
     command,
     compare,
     floors,
+    growth,
     harness,
     inputs,
     record,
@@ -24,6 +27,7 @@ from drift_gate.bench import (
     sweep,
     targets,
 )
+from drift_gate.bench.bounds import Bounds, TooLong, within
 from drift_gate.bench.cases import Case
 from drift_gate.bench.harness import Implementation, Suite
 from drift_gate.bench.peers import guard, plain
@@ -99,6 +103,23 @@ def test_grids():
     for on_gpu in (False, True):
         rows = [c.rows for c in cases.cases(anchor, ("a",), "growth", on_gpu)]
         assert max(rows) == 64 * min(rows)
+
+
+def test_sizes_of_the_readme_s_rows():
+    """Every row is measured by a suite that has its implementation, and before all else."""
+    for on_gpu, rows in ((False, targets.CPU), (True, targets.GPU)):
+        for row in rows:
+            suite = load_suite(row.suite)
+            cases_ = suite.cases("targets", on_gpu)
+            assert row.case in cases_ and suite.cases("quick", on_gpu)[: len(cases_)] == cases_
+            assert suite.floor(row.case).bytes > 0 and row.what in suite.works
+            names = {i.name for i in suite.chosen("targets", on_gpu)}
+            assert {"eager", row.implementation, row.beside} <= names
+            assert (targets.GEMMS in names) == (on_gpu and row.hidden > 0)
+        assert load_suite("rows").cases("targets", on_gpu) == []
+    assert {i.name for i in load_suite("linear_opd_loss").chosen("growth", False)} == {
+        "eager", targets.COMPILED, "drift_gate",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["peaked", "normal"])
@@ -211,7 +232,7 @@ def measured() -> dict[str, Result]:
         Implementation("broken", broken),
         Implementation("large", square, temporaries=1e15),
     )
-    return harness.measure(suite, SMALL, CPU, rounds=3)
+    return harness.measure(suite, SMALL, CPU, Bounds(rounds=3))
 
 
 def test_every_implementation_is_measured_on_the_same_inputs(measured):
@@ -237,7 +258,82 @@ def test_what_cannot_run_is_left_out(measured):
 
 def test_this_package_may_not_fail():
     with pytest.raises(RuntimeError, match="no such kernel"):
-        harness.measure(toy(Implementation("drift_gate", broken)), SMALL, CPU, rounds=1)
+        harness.measure(toy(Implementation("drift_gate", broken)), SMALL, CPU, Bounds(rounds=1))
+
+
+# What bounds a run.
+
+
+def delayed(seconds: float) -> Any:
+    def make(work: Any) -> Any:
+        def run(logits: Tensor) -> dict[str, Tensor]:
+            for _ in range(round(seconds / 0.01)):
+                time.sleep(0.01)
+            return square(work)(logits)
+
+        return run
+
+    return make
+
+
+def test_a_call_is_stopped_at_its_limit():
+    start = time.monotonic()
+    with pytest.raises(TooLong), within(0.2):
+        time.sleep(30)
+    assert time.monotonic() - start < 10
+    with within(0.2):
+        pass
+    time.sleep(0.3)  # no alarm is left behind
+
+
+def test_a_slow_peer_is_called_once_and_a_slower_one_is_stopped():
+    suite = toy(
+        Implementation("quick", square),
+        Implementation("slow", delayed(0.5)),
+        Implementation("slower", delayed(60)),
+        Implementation("slow once compiled", delayed(0.5), compiles=True),
+    )
+    bounds = Bounds(rounds=2, slack=0.2, slowest=0, compiling=0)
+    found = harness.measure(suite, SMALL, CPU, bounds._replace(slack=2))
+    assert [len(found[name].seconds) for name in ("quick", "slow")] == [2, 2]
+    assert found["slower"].left_out == "one call takes more than 2 s"
+    # An eager call of a millisecond, and 100 times as long allowed.
+    bounds = bounds._replace(slack=0.2, slowest=2000, slow=1.5)
+    found = harness.measure(suite, SMALL, CPU, bounds, ("quick", "slow", "slow once compiled"))
+    for name in ("slow", "slow once compiled"):
+        assert found[name].one_call and len(found[name].samples) == 1
+        assert found[name].samples[0] > 0.5 and found[name].ratio_quartiles[1] > 1.5
+        assert found[name].extra_bytes > 0 and found[name].errors["grad"]["scale"] > 0
+    assert not found["quick"].one_call
+
+
+def test_what_the_time_budget_does_not_reach_is_left_out():
+    compiled = Implementation("torch.compile of eager", square)
+    suite = toy(compiled, Implementation("late", square), Implementation("drift_gate", square))
+    bounds = Bounds(rounds=5, end=time.monotonic() - 1)
+    found = harness.measure(suite, SMALL, CPU, bounds)
+    assert found["late"].left_out == harness.UNREACHED and found["late"].seconds == []
+    assert found["torch.compile of eager"].left_out is None  # a row may need it
+    for name in ("eager", "drift_gate"):  # must run, for one round
+        assert len(found[name].seconds) == 1 and found[name].left_out is None
+
+
+def test_results_are_kept_as_they_come():
+    seen = []
+
+    def keep(results: dict[str, Result]) -> None:
+        seen.append({name: (len(r.seconds), r.left_out) for name, r in results.items()})
+        if seen[-1]["eager"][0] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.measure(toy(Implementation("absent", absent)), SMALL, CPU, Bounds(5), keep=keep)
+    cut = (0, harness.CUT)
+    assert seen[0] == {"eager": cut, "absent": cut}
+    assert seen[-3:] == [
+        {"eager": (n, None if n else harness.CUT), "absent": (0, "nobody is here")}
+        for n in range(3)
+    ]
 
 
 # Results.
@@ -311,16 +407,46 @@ def test_rows_of_the_readme():
 
     eager = made_up(10.0, implementation="eager", extra_bytes=1000)
     assert "not measured" in line(eager)
-    assert "not measured" in line(eager, made_up(1.0, rows=512, ratio_quartiles=(0.1, 0.1, 0.1)))
-    fast = made_up(1.0, ratio_quartiles=(0.1, 0.2, 0.3))
-    assert "0.2 x eager" in line(eager, fast) and "missed" not in line(eager, fast)
-    slow = made_up(3.0, ratio_quartiles=(0.1, 0.3, 0.4))
-    assert "0.3 x eager, 3300 ms (missed)" in line(eager, slow)
+    assert "not measured" in line(eager, made_up(1.0, rows=512))
+    fast = made_up(1.0)
+    assert "0.1 x eager (0.1 to 0.1), 1100 ms" in line(eager, fast) and "missed" not in line(
+        eager, fast
+    )
+    slow = made_up(3.0)
+    assert "0.3 x eager (0.3 to 0.3), 3300 ms (missed)" in line(eager, slow)
+    assert "1.0%" in line(eager, fast) and "missed" in line(eager, made_up(1.0, extra_bytes=21))
     peers = (
         made_up(2.0, implementation="whole", note="gate eager"),
         made_up(1.0, implementation="half", note="cross entropy alone: no clip, no gate"),
     )
     assert "whole, 2200 ms" in line(eager, fast, *peers)  # who does less is not the best
+
+
+def test_a_row_beside_another_implementation_than_the_eager_loss():
+    row = next(target for target in targets.CPU if target.beside == targets.COMPILED)
+    case = row.case._asdict()
+    ours, eager, compiled = (
+        dataclasses.replace(made_up(s, row.suite, implementation=name), case=case)
+        for s, name in ((1.5, "drift_gate"), (3.0, "eager"), (2.0, targets.COMPILED))
+    )
+    text = targets.line(row, [ours, eager, compiled], targets.cpu_time, gpu=False)
+    assert "0.75 x torch.compile of eager (0.75 to 0.75), 1650 ms" in text and "100.0%" in text
+    once = dataclasses.replace(compiled, one_call=True, seconds=[[2.0]])
+    assert "not measured" in targets.line(row, [ours, eager, once], targets.cpu_time, gpu=False)
+
+
+def test_growth_of_the_cost():
+    """Of the sizes of a suite the one whose rows span most; twice the time for twice the rows."""
+    wide = [made_up(1e-6 * n, rows=n, extra_bytes=8 * n, gradient_bytes=2 * n) for n in (64, 4096)]
+    narrow = [
+        dataclasses.replace(r, case=r.case | {"vocab": 7})
+        for r in (made_up(9.0), made_up(9, rows=2048))
+    ]
+    (found,) = growth.found_in([*wide, *narrow])
+    assert (found.rows, found.factor) == ([64, 4096], 64)
+    assert list(growth.cells(found)) == [("drift_gate, in place", ["1.1, 0.000384", "1.1, 0.0246"])]
+    assert "| drift_gate, in place | 1.1, 0.000384 | 1.1, 0.0246 |" in growth.markdown(wide)
+    assert not list(growth.found_in(narrow))
 
 
 # Running.
@@ -356,6 +482,44 @@ def test_the_command_and_its_results(tmp_path):
     ours = found["drift_gate"]
     assert len(ours.seconds) == 2 and ours.errors["grad"]["max"] < 1e-7
     assert ours.bytes_must_move == floors.rows(ours.size).bytes
+
+
+@pytest.mark.slow
+def test_a_suite_without_a_size_in_the_grid_has_nothing_to_run():
+    """No row of the README is about the suite rows."""
+    files = [str(command.SUITES / f"test_{name}.py") for name in ("rows", "full_loss")]
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "--bench-grid", "targets"]
+    command_line = [sys.executable, "-m", "pytest", *options, "--bench-device", "cpu", *files]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_full_loss[jsd, 1024 x 151936, bfloat16, peaked: drift_gate]" in done.stdout
+    assert "test_rows" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_run_that_is_ended_keeps_what_it_has(tmp_path):
+    """SIGTERM, as a time limit sends; Ctrl-C takes the same way."""
+    out = tmp_path / "out.json"
+    options = ["--rounds", "100000", "--device", "cpu", "--out", str(out), "--budget", "300"]
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    command_line = [sys.executable, "-m", "drift_gate", "bench", "rows", *options]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command_line, cwd=ROOT, env=environment, **pipe) as running:
+        try:
+            end = time.monotonic() + 120
+            while time.monotonic() < end and not (
+                out.exists() and '"ratio_quartiles": [' in out.read_text()
+            ):
+                time.sleep(0.2)
+            running.terminate()
+            said, _ = running.communicate(timeout=120)
+        finally:
+            running.kill()
+    assert running.returncode == 1 and "interrupted" in said, said
+    found = {r.implementation: r for r in record.read(out)}
+    assert found["drift_gate"].seconds and found["drift_gate"].ratio_quartiles
+    assert list(tmp_path.glob("out_rows_time.png"))
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drift_gate.bench.measure import peak_bytes
 from support.full import EACH_DIRECTION, NAN, draw_full
 from support.judge import loss_and_grad
-from support.memory import peak_bytes
 from torch.library import opcheck
 
 from drift_gate import full_loss

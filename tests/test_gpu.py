@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drift_gate.bench.measure import peak_bytes
 from support.judge import assert_good, loss_and_grad
-from support.memory import peak_bytes
 from support.problems import draw
 
 from drift_gate import DriftGate, gate_weights, opd_loss

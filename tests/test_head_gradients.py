@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drift_gate.bench.measure import peak_bytes
 from support.heads import draw_head
-from support.memory import peak_bytes
 
 from drift_gate import linear_opd_loss, linear_topk_loss
 from drift_gate.chunks import chunks

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from support.memory import peak_bytes
+from drift_gate.bench.measure import peak_bytes
 from support.problems import draw
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint

@@ -9,10 +9,10 @@ import torch
 pytest.importorskip("triton")
 
 from conftest import KERNELS
+from drift_gate.bench.measure import peak_bytes
 from support import toy_kernels
 from support.compile_check import TARGETS, Report, check, report
 from support.launches import compile_only, record_launches
-from support.memory import peak_bytes
 
 from drift_gate.budget import assert_as_good_as
 from drift_gate.fuzz.bounds import Extents, KernelFault

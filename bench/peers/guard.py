@@ -51,3 +51,4 @@ class Peer(NamedTuple):
     load: Callable[[torch.device], Callable[..., Any]]  # raises LeftOut
     temporaries: float = 14  # bytes beside each logit, for the memory guard
     overwrites: bool = False  # the logits become their gradient
+    compiles: bool = False  # in its first call, on a CPU

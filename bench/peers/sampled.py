@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .guard import LeftOut, Peer, load, on_gpu_only
+from .guard import LeftOut, OtherWork, Peer, load, on_gpu_only
 
 FromLogits = Callable[[Tensor, Tensor], Tensor]  # logits [N, V], labels [N] -> [N] (or [] : mean)
 FromHidden = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [N, H], weight [V, H], labels
@@ -115,10 +115,20 @@ def _liger_linear(reduction: str) -> Callable[[torch.device], FromHidden]:
     return found
 
 
-def _torch_linear(device: torch.device) -> FromHidden:
-    function = load("torch.nn.functional", "linear_cross_entropy")
-    options = load("torch.nn", "LinearCrossEntropyOptions")()
-    return lambda hidden, weight, labels: -function(hidden, weight, labels, options=options)
+def _torch_linear(reduction: str, *, tuned: bool) -> Callable[[torch.device], FromHidden]:
+    """In chunks: its own choice, or on a CPU, where that is a few rows, 256 at a time."""
+
+    def found(device: torch.device) -> FromHidden:
+        function = load("torch.nn.functional", "linear_cross_entropy")
+        make = load("torch.nn", "LinearCrossEntropyOptions")
+        on_cpu = device.type == "cpu"
+        if not (tuned or on_cpu):
+            raise OtherWork("chosen by itself is how it is tuned")
+        own = dict(batch_chunk_size=256, chunking_method=None) if tuned and on_cpu else {}
+        given = dict(reduction=reduction, options=make(**own))
+        return lambda hidden, weight, labels: -function(hidden, weight, labels, **given)
+
+    return found
 
 
 def _quack_linear(device: torch.device) -> FromHidden:
@@ -128,18 +138,20 @@ def _quack_linear(device: torch.device) -> FromHidden:
 
 
 FROM_HIDDEN = (
-    Peer("TRL ChunkedLogProbFunction", _trl_linear, temporaries=4),
+    Peer("TRL ChunkedLogProbFunction", _trl_linear, 4, compiles=True),  # imports, in fact
     Peer("VeOmni chunk_logprobs", _veomni_linear, temporaries=4),
     Peer("verl FusedLinearForPPO", _verl_linear, temporaries=4),
-    Peer("cut-cross-entropy", _cce("none"), temporaries=8),
+    Peer("cut-cross-entropy", _cce("none"), temporaries=8, compiles=True),
+    Peer("torch linear_cross_entropy", _torch_linear("none", tuned=True), temporaries=4),
     Peer("Liger fused linear CE", _liger_linear("none"), temporaries=4),
 )
 
 MEANS_FROM_HIDDEN = (
-    Peer("torch linear_cross_entropy", _torch_linear, temporaries=4),
-    Peer("cut-cross-entropy", _cce("mean"), temporaries=8),
+    Peer("torch linear_cross_entropy", _torch_linear("mean", tuned=True), temporaries=4),
+    Peer("cut-cross-entropy", _cce("mean"), temporaries=8, compiles=True),
     Peer("Liger fused linear CE", _liger_linear("mean"), temporaries=4),
     Peer("quack linear CE", _quack_linear, temporaries=4),
+    Peer("torch linear_cross_entropy, as it comes", _torch_linear("mean", tuned=False), 4),
 )
 
 

@@ -6,18 +6,23 @@ the first of them is asked for; see harness.py.
 
 from __future__ import annotations
 
+import math
+import signal
 import time
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
-from drift_gate.bench import record
+from drift_gate.bench import record, timing
+from drift_gate.bench.bounds import Bounds
 from drift_gate.bench.cases import GRIDS, Case
-from drift_gate.bench.harness import Implementation, Suite, measure
+from drift_gate.bench.harness import UNREACHED, Implementation, Suite, measure
 from drift_gate.bench.measure import device_name
 from drift_gate.bench.record import Result
 from drift_gate.bench.replay import CLOCK
 
+WRITTEN = 2.0  # seconds between two writes; one more comes at the end, however it comes
 Measured = tuple[Suite, Case, Implementation]
 
 
@@ -32,6 +37,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[KEY] = Session(config)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    config.add_cleanup(lambda: signal.signal(signal.SIGTERM, before))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End as Ctrl-C does: with what there is."""
+    raise KeyboardInterrupt
 
 
 class Session:
@@ -47,44 +59,75 @@ class Session:
         self.wanted: dict[str, dict[Case, list[str]]] = {}
         self.results: dict[tuple[str, Case], dict[str, Result]] = {}
         self.failed: dict[tuple[str, Case], str] = {}
+        self.written = -math.inf
         self.suite_end = self.end
         self.fixed = self.per_item = 0.0  # seconds of a case of this suite: at all; for a logit
 
-    def cases(self, suite: Suite) -> list[Case]:
-        return suite.cases(self.grid, self.device.type == "cuda")
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
     def of_case(self, suite: Suite, case: Case) -> dict[str, Result]:
         """Measured now, unless it was before. Skips what the budget does not reach."""
-        if (suite.name, case) in self.results:
-            return self.results[suite.name, case]
-        if (suite.name, case) in self.failed:  # and would take as long again
-            pytest.fail(self.failed[suite.name, case], pytrace=False)
-        now, items = time.monotonic(), case.rows * max(case.vocab, case.k, 1)
+        key = suite.name, case
+        if key in self.failed:  # and would take as long again
+            pytest.fail(self.failed[key], pytrace=False)
+        if key in self.results:
+            return self.results[key]
+        timing.copy_bandwidth(self.device)  # measured once: no time of this case
+        now, items = time.monotonic(), _items(case)
+        bounds = Bounds(self.rounds, self.end_of(suite, case, now))
+
+        def keep(results: dict[str, Result]) -> None:
+            self.results[key] = results
+            if time.monotonic() - self.written > WRITTEN:
+                self.write()
+
+        try:
+            found = measure(suite, case, self.device, bounds, self.wanted[suite.name][case], keep)
+        except Exception as error:
+            self.failed[key] = f"{type(error).__name__}: {error}"
+            raise
+        self.write()
+        spent = time.monotonic() - now
+        steady = sum(sum(r.samples) + 2 * r.median for r in found.values() if r.seconds)
+        self.fixed, self.per_item = max(spent - steady, 1e-3), steady / items
+        return found
+
+    def end_of(self, suite: Suite, case: Case, now: float) -> float:
+        """Until when a case may take. Skips it where its suite has no time left.
+
+        Of the README's rows none is skipped, and each has its share of the time that is left. In
+        other grids each suite has the same, and what comes first takes what it needs.
+        """
+        if self.grid == "targets":
+            weights = {
+                (name, one): _items(one) * (2 if one.hidden else 1) * len(who)
+                for name, wanted in self.wanted.items()
+                for one, who in wanted.items()
+                if (name, one) not in self.results
+            }
+            share = weights[suite.name, case] / sum(weights.values())
+            return now + share * max(self.end - now, 0)
         if not any(name == suite.name for name, _ in self.results):
             left = len(self.wanted) - len({name for name, _ in self.results})
             self.suite_end = now + max(self.end - now, 0) / max(left, 1)
             self.fixed = self.per_item = 0.0
-        if now + self.fixed + self.per_item * items > self.suite_end and self.fixed:
-            pytest.skip("the time budget does not reach so far (--bench-budget)")
-        wanted = self.wanted[suite.name][case]
-        try:
-            found = measure(suite, case, self.device, self.rounds, wanted)
-        except Exception as error:
-            self.failed[suite.name, case] = f"{type(error).__name__}: {error}"
-            raise
-        self.results[suite.name, case] = found
-        spent = time.monotonic() - now
-        steady = sum(sum(r.samples) + 2 * r.median for r in found.values() if r.seconds)
-        self.fixed, self.per_item = max(spent - steady, 1e-3), steady / items
-        self.write()
-        return found
+        if now + self.fixed + self.per_item * _items(case) > self.suite_end and self.fixed:
+            pytest.skip(UNREACHED)
+        return self.suite_end
 
     def write(self) -> None:
         """Everything so far: what is cut short keeps what it has."""
         if self.out is None:
             folder = record.results_folder()
-            self.out = record.new_path(folder, device_name(self.device), self.wanted)
+            self.out = record.new_path(folder, device_name(self.device), [self.grid, *self.wanted])
         record.write(self.out, [r for found in self.results.values() for r in found.values()])
+        self.written = time.monotonic()
+
+
+def _items(case: Case) -> int:
+    return case.rows * max(case.vocab, case.k, 1)
 
 
 KEY = pytest.StashKey[Session]()
@@ -92,13 +135,18 @@ KEY = pytest.StashKey[Session]()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     suite: Suite = metafunc.module.SUITE
-    cases = metafunc.config.stash[KEY].cases(suite)
-    pairs = [(suite, case, each) for case in cases for each in suite.implementations]
+    session = metafunc.config.stash[KEY]
+    cases = suite.cases(session.grid, session.on_gpu)
+    pairs = [
+        (suite, case, each) for case in cases for each in suite.chosen(session.grid, session.on_gpu)
+    ]
     names = [f"{case}: {each.name}" for _, case, each in pairs]
     metafunc.parametrize("measured", pairs, indirect=True, ids=names)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A suite without a size in this grid has one item, without parameters: it goes."""
+    items[:] = [i for i in items if isinstance(i.callspec.params["measured"], tuple)]
     for item in items:
         suite, case, _ = item.callspec.params["measured"]
         item.add_marker(pytest.mark.benchmark(timer=CLOCK, group=f"{suite.name}: {case}"))
@@ -110,6 +158,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for item in session.items:
         suite, case, each = item.callspec.params["measured"]
         wanted.setdefault(suite.name, {}).setdefault(case, []).append(each.name)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    bench = session.config.stash[KEY]
+    if bench.results:
+        bench.write()
 
 
 @pytest.fixture

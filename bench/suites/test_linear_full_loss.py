@@ -76,9 +76,9 @@ SUITE = Suite(
     (
         *baseline(eager, temporaries=26),
         Implementation("drift_gate", drift_gate_loss, temporaries=4),
+        bare_gemms(3),
         Implementation("Liger fused linear JSD", liger, NO_GATE, "no gate", 20),
         Implementation("TRL ChunkedDivergenceFunction", trl, NO_GATE, "no gate", 8),
-        bare_gemms(3),
     ),
     leaves=GRADIENTS,
 )

@@ -73,10 +73,10 @@ SUITE = Suite(
     (
         *baseline(eager),
         Implementation("drift_gate", drift_gate_loss, temporaries=2),
+        bare_gemms(3),
         *(finished(p, gated, "log-prob; clip and gate eager") for p in sampled.FROM_HIDDEN),
         *map(_mean, sampled.MEANS_FROM_HIDDEN),
         Implementation("Liger fused linear GRPO", liger_grpo, "no gate, no dual clip", "clipped"),
-        bare_gemms(3),
     ),
     leaves=GRADIENTS,
 )

@@ -43,7 +43,8 @@ def of(peer: Peer) -> Implementation:
 
         return forward(compute)
 
-    return Implementation(peer.name, make, temporaries=peer.temporaries)
+    options = dict(temporaries=peer.temporaries, compiles=peer.compiles)
+    return Implementation(peer.name, make, **options)
 
 
 def truths(work: Work) -> dict[str, Truth]:
@@ -60,8 +61,8 @@ SUITE = Suite(
     (
         *baseline(eager, forward),
         Implementation("drift_gate", drift_gate_log_probs, temporaries=2),
-        *map(of, sampled.FROM_HIDDEN),
         bare_gemms(1),
+        *map(of, sampled.FROM_HIDDEN),
     ),
     leaves=GRADIENTS,
 )

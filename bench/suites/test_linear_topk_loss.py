@@ -93,13 +93,13 @@ SUITE = Suite(
     (
         *baseline(eager),
         Implementation("drift_gate", drift_gate_loss, temporaries=2),
+        bare_gemms(3),
         Implementation(
             "VeOmni chunk_topk_distill", veomni(True), "gate eager", "same", temporaries=6
         ),
         Implementation(
             "VeOmni chunk_topk_distill, no gate", veomni(False), "no gate", "no gate", 6
         ),
-        bare_gemms(3),
     ),
     leaves=GRADIENTS,
 )

@@ -73,7 +73,7 @@ def of(peer: Peer) -> Implementation:
 
     return Implementation(
         peer.name, make, "log-prob; the entropy, where asked for, eager", "same", peer.temporaries,
-        peer.overwrites,
+        peer.overwrites, peer.compiles,
     )  # fmt: skip
 
 

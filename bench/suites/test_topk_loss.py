@@ -11,10 +11,11 @@ from drift_gate.bench import floors
 from drift_gate.bench.cases import Case
 from drift_gate.bench.harness import Implementation, Suite
 from drift_gate.bench.inputs import Work, draw
+from drift_gate.bench.names import COMPILED
 from drift_gate.bench.peers import lists, plain
 from drift_gate.bench.peers.guard import OtherWork, Peer
 from drift_gate.bench.replay import replay
-from drift_gate.bench.runs import COMPILED, baseline, compiled, finished, train
+from drift_gate.bench.runs import baseline, compiled, finished, train
 from drift_gate.bench.truth import Truth, sampled_or_listed
 from torch import Tensor
 
@@ -121,7 +122,9 @@ SUITE = Suite(
         *baseline(eager),
         Implementation("eager, gathered first", lambda work: train(gathered_first(work))),
         Implementation(
-            f"{COMPILED}, gathered first", lambda work: train(compiled(gathered_first(work)))
+            f"{COMPILED}, gathered first",
+            lambda work: train(compiled(gathered_first(work))),
+            compiles=True,
         ),
         Implementation("drift_gate", drift_gate_loss(False), temporaries=4),
         Implementation("drift_gate, in place", drift_gate_loss(True), "", "same", 0, True),

@@ -1,0 +1,7 @@
+"""Names of implementations that more than one module knows."""
+
+BASELINE = "eager"
+COMPILED = "torch.compile of eager"
+OURS = "drift_gate"  # and what starts with it
+INPLACE = "drift_gate, in place"
+GEMM, GEMMS = "bare GEMM", "bare GEMMs"
