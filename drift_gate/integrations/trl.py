@@ -160,7 +160,7 @@ class GatedDistillationTrainer(DistillationTrainer):
         if self.teacher_model is None:
             raise ValueError("teacher_model must be a model or its name; got None")
         self.gate = self.args.drift_gate()
-        self._newline_ids: list[int] = []
+        self._newline_ids: list[int] | None = None
         if self.args.gate_granularity == "span":
             self._newline_ids = newline_token_ids(self._tokenizer)
         self._loss_metrics: dict[str, Tensor] = {}
@@ -230,7 +230,7 @@ class GatedDistillationTrainer(DistillationTrainer):
                 **self._redirected(self.teacher_model, self._teacher_scores, inputs),
             }
         self.model.train(training)
-        if self._newline_ids:
+        if self._newline_ids is not None:
             scores["span_ids"] = newline_spans(
                 inputs["completion_ids"], self._newline_ids, response_mask=_loss_mask(inputs)
             )
