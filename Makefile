@@ -71,6 +71,7 @@ clean:  ## remove .venv and everything built
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) -r requirements-dev.txt
 	$(PIP_INSTALL) --no-deps --ignore-requires-python ttsem==0.1.0
+	$(PIP_INSTALL) --no-deps 'verl==0.9.1 ; python_version < "3.13"'
 	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -1,0 +1,345 @@
+"""TRL: a distillation trainer that reuses its rollouts, with drift-gated losses.
+
+`GatedDistillationTrainer` is TRL's `DistillationTrainer` but for three things: a buffer of rollouts
+serves several optimiser epochs; the model as it is before the first of them, and the teacher, score
+the buffer once; the loss is one of this package's, from hidden states and LM head.
+"""
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import (
+    DriftGate,
+    LossOutput,
+    linear_full_loss,
+    linear_opd_loss,
+    linear_token_log_probs,
+    linear_topk_loss,
+    newline_spans,
+)
+from ..arguments import check_number, check_option
+from ..losses import ESTIMATORS
+from ..topk_lists import check_divergence
+from . import unusable
+from .teacher import head_options, head_topk, newline_token_ids
+
+WANTED = "1.16"
+
+try:
+    from datasets import IterableDataset
+    from trl import DistillationConfig, DistillationTrainer
+    from trl.trainer.utils import (
+        RepeatSampler,
+        repeat_iterable_dataset,
+        shuffle_sequence_dict,
+        split_pixel_values_by_grid,
+        split_tensor_dict,
+        unsplit_pixel_values_by_grid,
+    )
+
+    # What a forward takes beside ids, mask and length: the inputs of vision-language models.
+    FORWARD_EXTRAS = tuple(
+        inspect.signature(DistillationTrainer._get_last_hidden_state).parameters
+    )[5:]
+except (ImportError, AttributeError, RuntimeError) as reason:  # TRL's lazy modules raise the last
+    raise unusable("trl", WANTED, reason) from reason
+
+LOSSES = ("sampled", "topk", "full")
+
+
+@dataclass
+class GatedDistillationConfig(DistillationConfig):
+    """`trl.DistillationConfig` with the gate's options.
+
+    TRL's `beta` chooses the divergence of "topk" and "full": 0 forward, 1 reverse, between them the
+    generalised JSD. TRL's `temperature` divides both models' logits, as it does when sampling.
+
+    Args:
+        num_iterations: optimiser epochs over each buffer of rollouts (paper: 2).
+        steps_per_generation: micro-batches in a buffer, a multiple of gradient_accumulation_steps.
+            None: one optimiser step's.
+        loss: "sampled" (`linear_opd_loss`), "topk" (`linear_topk_loss`), "full"
+            (`linear_full_loss`).
+        estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip: of "sampled".
+        teacher_top_k, support: of "topk"; with beta = 1 and "renormalized" it is LSM.
+        gate_granularity: "block", "span" (lines of the response), "token", "sequence", or "off".
+        gate_block_size, gate_tau, gate_aggregate: see `DriftGate`.
+    """
+
+    num_iterations: int = field(
+        default=2, metadata={"help": "Optimiser epochs over each buffer of rollouts."}
+    )
+    steps_per_generation: int | None = field(
+        default=None, metadata={"help": "Micro-batches in a buffer; None: one optimiser step's."}
+    )
+    loss: Literal["sampled", "topk", "full"] = field(
+        default="sampled", metadata={"help": "What the teacher is asked for."}
+    )
+    estimator: Literal["ppo", "importance", "k1", "k2", "k3"] = field(
+        default="ppo", metadata={"help": "Position loss of the sampled-token loss."}
+    )
+    clip_ratio_low: float = field(default=0.2, metadata={"help": "PPO's clip below 1."})
+    clip_ratio_high: float = field(default=0.2, metadata={"help": "PPO's clip above 1."})
+    clip_ratio_c: float = field(default=3.0, metadata={"help": "PPO's dual clip."})
+    advantage_clip: float | None = field(
+        default=None, metadata={"help": "Bound of the advantage's magnitude."}
+    )
+    teacher_top_k: int = field(default=32, metadata={"help": "Words the teacher lists."})
+    support: Literal["renormalized", "truncated", "tail"] = field(
+        default="renormalized", metadata={"help": "Support of the top-K divergence."}
+    )
+    gate_granularity: Literal["block", "span", "token", "sequence", "off"] = field(
+        default="block", metadata={"help": "What a block of the gate is; off trains ungated."}
+    )
+    gate_block_size: int = field(default=64, metadata={"help": "Positions of a block."})
+    gate_tau: float = field(default=1.0, metadata={"help": "Inverse temperature of the gate."})
+    gate_aggregate: Literal["mean", "mean_abs", "rms", "max_abs"] = field(
+        default="mean", metadata={"help": "A block's drift from its positions'."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_option("loss", self.loss, LOSSES)
+        check_option("estimator", self.estimator, ESTIMATORS)
+        for name in ("num_iterations", "teacher_top_k"):
+            check_number(name, getattr(self, name), above=0)
+        if self.loss == "topk":
+            check_divergence(self.direction, self.support, self.mixture)
+            if self.support == "renormalized" and self.teacher_top_k < 2:
+                raise ValueError(
+                    'teacher_top_k must be at least 2 with support "renormalized"; got '
+                    f"{self.teacher_top_k}"
+                )
+        accumulate = self.gradient_accumulation_steps
+        if self.steps_per_generation is None:
+            self.steps_per_generation = accumulate
+        if self.steps_per_generation < 1 or self.steps_per_generation % accumulate:
+            raise ValueError(
+                "steps_per_generation must be a multiple of gradient_accumulation_steps, "
+                f"{accumulate}; got {self.steps_per_generation}"
+            )
+        self.drift_gate()
+
+    def drift_gate(self) -> DriftGate | None:
+        """The gate of these options."""
+        if self.gate_granularity == "off":
+            return None
+        return DriftGate(
+            granularity=self.gate_granularity,
+            block_size=self.gate_block_size,
+            tau=self.gate_tau,
+            aggregate=self.gate_aggregate,
+        )
+
+    @property
+    def direction(self) -> Literal["forward", "reverse", "jsd"]:
+        """TRL's beta by name."""
+        return "forward" if self.beta == 0 else "reverse" if self.beta == 1 else "jsd"
+
+    @property
+    def mixture(self) -> float:
+        """The teacher's weight in the mixture, where there is one."""
+        return self.beta if self.direction == "jsd" else 0.5
+
+
+class GatedDistillationTrainer(DistillationTrainer):
+    """TRL's `DistillationTrainer` with rollout reuse and a drift gate; takes the same arguments."""
+
+    _buffered_inputs: list[dict[str, Any]] | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, GatedDistillationConfig):
+            raise TypeError(
+                f"args must be a GatedDistillationConfig; got {type(self.args).__name__}"
+            )
+        if self.teacher_model is None:
+            raise ValueError("teacher_model must be a model or its name; got None")
+        self.gate = self.args.drift_gate()
+        self._newline_ids: list[int] | None = None
+        if self.args.gate_granularity == "span":
+            self._newline_ids = newline_token_ids(self._tokenizer)
+        self._loss_metrics: dict[str, Tensor] = {}
+
+    def _repeats(self) -> dict[str, int]:
+        """How the prompts of a buffer, all ranks', are repeated: once for each micro-batch."""
+        args = self.args
+        rows = args.per_device_train_batch_size * args.steps_per_generation
+        return {
+            "mini_repeat_count": 1,
+            "batch_size": rows * self.accelerator.num_processes,
+            "repeat_count": args.steps_per_generation * args.num_iterations,
+        }
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        dataset = self.train_dataset if dataset is None else dataset
+        return RepeatSampler(
+            dataset, shuffle=self.shuffle_dataset, seed=self.args.seed, **self._repeats()
+        )
+
+    def get_train_dataloader(self) -> Any:
+        dataset = self.train_dataset
+        if isinstance(dataset, IterableDataset):
+            if self.shuffle_dataset:
+                dataset = dataset.shuffle(seed=self.args.seed)
+            dataset = repeat_iterable_dataset(dataset, **self._repeats())
+        return self._get_dataloader(
+            dataset=dataset,
+            description="Training",
+            batch_size=self._train_batch_size * self.args.steps_per_generation,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """A micro-batch of the buffer, which is filled and scored when it has served."""
+        if not self.model.training:
+            return self._score(self._generate_and_score_completions(generation_batch))
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.args.num_iterations) == 0 or self._buffered_inputs is None:
+            rollouts = self._generate_and_score_completions(generation_batch)
+            rollouts = shuffle_sequence_dict(split_pixel_values_by_grid(rollouts))
+            parts = split_tensor_dict(rollouts, steps)
+            self._buffered_inputs = [
+                self._score(unsplit_pixel_values_by_grid(part)) for part in parts
+            ]
+            self._count_items(self._buffered_inputs)
+        return self._buffered_inputs[self._step % steps]
+
+    def _count_items(self, parts: list[dict[str, Any]]) -> None:
+        """Set `num_items_in_batch` to the trained tokens of the optimiser step, over all ranks."""
+        steps = self.args.gradient_accumulation_steps
+        counts = torch.stack([_loss_mask(part).sum() for part in parts]).view(-1, steps).sum(1)
+        totals = self.accelerator.gather(counts[None]).view(-1, len(counts)).sum(0)
+        for i, part in enumerate(parts):
+            part["num_items_in_batch"] = totals[i // steps]
+
+    @torch.no_grad()
+    def _score(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Add what the loss needs and the optimiser's steps must not change."""
+        training = self.model.training
+        self.model.eval()  # dropout would count as drift
+        self.teacher_model.eval()
+        with self.compute_loss_context_manager():
+            scores = {
+                "old_log_probs": self._redirected(self.model_wrapped, self._log_probs, inputs),
+                **self._redirected(self.teacher_model, self._teacher_scores, inputs),
+            }
+        self.model.train(training)
+        if self._newline_ids is not None:
+            scores["span_ids"] = newline_spans(
+                inputs["completion_ids"], self._newline_ids, response_mask=_loss_mask(inputs)
+            )
+        return inputs | scores
+
+    def _redirected(self, model: Any, method: Any, inputs: dict[str, Any]) -> Any:
+        """Call method(model, inputs) inside the forward of whatever wraps the model's shards."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        return self._forward_redirection(model, unwrapped, method, unwrapped, inputs)
+
+    def _hidden_states(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """[B, T, H]: row t predicts completion token t."""
+        ids, mask = (
+            torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1)
+            for name in ("ids", "mask")
+        )
+        extras = {name: inputs[name] for name in FORWARD_EXTRAS if name in inputs}
+        length = inputs["completion_ids"].size(1)
+        hidden = self._get_last_hidden_state(model, ids, mask, length, **extras)
+        return hidden.to(model.get_output_embeddings().weight.device)
+
+    def _log_probs(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Log-probs [B, T] of the completion's tokens; 0 where the loss is masked."""
+        hidden = self._hidden_states(model, inputs)
+        head = head_options(model, hidden.dtype)
+        labels = inputs["completion_ids"].masked_fill(_loss_mask(inputs) == 0, -100)
+        labels = labels.to(hidden.device)
+        log_probs, _ = linear_token_log_probs(
+            hidden, labels=labels, temperature=self.temperature, **head._asdict()
+        )
+        return log_probs
+
+    def _teacher_scores(self, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The teacher's part of the loss."""
+        if self.args.loss == "sampled":
+            return {"teacher_log_probs": self._log_probs(model, inputs)}
+        hidden = self._hidden_states(model, inputs)
+        if self.args.loss == "full":
+            return {"teacher_hidden_states": hidden}
+        head = head_options(model, hidden.dtype)
+        mask = _loss_mask(inputs).to(hidden.device)
+        ids, log_probs = head_topk(hidden, head, self.args.teacher_top_k, mask, self.temperature)
+        return {"teacher_topk_ids": ids, "teacher_topk_log_probs": log_probs}
+
+    def _compute_loss(
+        self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, sum of entropies and count of tokens, as TRL's `compute_loss` wants them."""
+        hidden = self._hidden_states(unwrapped_student, inputs)
+        mask = _loss_mask(inputs).to(hidden.device)
+        output = self._loss(unwrapped_student, hidden, mask, inputs, num_items_in_batch)
+        assert output.entropy is not None
+        self._loss_metrics = output.metrics
+        return output.loss, output.entropy.sum(), mask.sum()
+
+    def _loss(
+        self, model: Any, hidden: Tensor, mask: Tensor, inputs: dict[str, Any], num_items: Any
+    ) -> LossOutput:
+        args, device, spans = self.args, hidden.device, inputs.get("span_ids")
+        options: dict[str, Any] = {
+            "hidden_states": hidden,
+            **head_options(model, hidden.dtype)._asdict(),
+            "labels": inputs["completion_ids"].to(device),
+            "old_log_probs": inputs["old_log_probs"],
+            "gate": self.gate,
+            "response_mask": mask,
+            "span_ids": None if spans is None else spans.to(device),
+            "temperature": self.temperature,
+            # TRL has divided it by the number of processes, whose gradients are averaged.
+            "batch_num_tokens": num_items,
+            "return_entropy": True,
+        }
+        options |= {name: x.to(device) for name, x in inputs.items() if name.startswith("teacher_")}
+        if args.loss == "sampled":
+            names = "estimator", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c"
+            options |= {name: getattr(args, name) for name in (*names, "advantage_clip")}
+            return linear_opd_loss(**options)
+        options |= {"direction": args.direction, "beta": args.mixture}
+        if args.loss == "topk":
+            return linear_topk_loss(**options, support=args.support)
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        head = head_options(teacher, options["teacher_hidden_states"].dtype)
+        return linear_full_loss(
+            **options, **{f"teacher_{name}": x for name, x in head._asdict().items()}
+        )
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """TRL's, which logs the entropy; and the package's metrics beside it."""
+        mode = "train" if self.model.training else "eval"
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        metrics = {k: v for k, v in self._loss_metrics.items() if k != "entropy"}
+        values = torch.stack([*metrics.values(), _loss_mask(inputs).sum().to(loss.device)])
+        gathered = self.accelerator.gather(values.double()[None])  # [ranks, metrics + 1]
+        tokens = gathered[:, -1:]
+        mean = (gathered * tokens).sum(0) / tokens.sum().clamp(min=1)
+        for i, name in enumerate(metrics):
+            extreme = {"gate_min": torch.min, "gate_max": torch.max}.get(name)
+            value = mean[i] if extreme is None else extreme(gathered[:, i])
+            self._metrics[mode][f"drift_gate/{name}"].append(value.item())
+        return loss
+
+
+def _loss_mask(inputs: dict[str, Any]) -> Tensor:
+    """[B, T]: the completion's tokens that the model wrote, not its tools."""
+    mask: Tensor = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask

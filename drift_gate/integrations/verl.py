@@ -1,0 +1,215 @@
+"""verl: gated losses in its registry of distillation losses.
+
+Set VERL_USE_EXTERNAL_MODULES=drift_gate.integrations.verl for every process, and choose one of the
+names that `register` has bound below as `distillation.distillation_loss.loss_mode`. A module of
+one's own that calls `register` can be named there instead.
+
+verl sees a loss twice. As logits processor it gets the packed logits of a micro-batch and returns
+a number for each row; as final loss it gets whole sequences, and so the gate belongs there. verl's
+top-K computation is forward KL whatever the mode: `compute_topk_loss` replaces it for the names
+registered here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import DriftGate, gate_weights, newline_spans, vocabulary
+from ..arguments import as_batch, check_option, flat
+from ..backends import resolve
+from ..topk_lists import Kind, check_divergence
+from ..topk_rows import topk_rows, topk_support
+from . import unusable
+
+WANTED = "0.9"
+
+try:
+    import verl.trainer.distillation.losses as losses
+    from verl.trainer.ppo.core_algos import kl_penalty
+    from verl.utils.metric import AggregationType, Metric
+    from verl.utils.ulysses import get_ulysses_sequence_parallel_world_size, slice_input_tensor
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    stock_topk_loss = losses.compute_topk_loss
+    register_loss, Settings = losses.register_distillation_loss, losses.DistillationLossSettings
+except (ImportError, AttributeError) as reason:
+    raise unusable("verl", WANTED, reason) from reason
+
+ESTIMATORS = ("opd", "k1", "k2", "k3")
+STRATEGIES = ("fsdp", "fsdp2", "veomni")  # logits with the whole vocabulary
+LOG_PROBS = "drift_gate_log_probs"
+MODES: dict[str, Kind] = {}
+"""Divergence of each top-K mode registered here."""
+
+
+def register(
+    name: str,
+    loss: str | Kind,
+    *,
+    gate: DriftGate | None = DriftGate(),  # noqa: B008  (frozen)
+    newline_ids: Sequence[int] = (),
+) -> None:
+    """Bind a gated loss to a `loss_mode`, in every process of verl.
+
+    Args:
+        name: the mode; verl must not have it.
+        loss: Kind(direction, support, beta) of `topk_loss`, or of the sampled token: "k1", "k2",
+            "k3" as verl's `kl_penalty` has them; or "opd", whose advantage is the paper's,
+            teacher's log-prob less the old one, both frozen. "opd" and "k1" need
+            `use_policy_gradient=True`.
+        gate: of each micro-batch, whose weights have unit mean; None leaves the loss ungated.
+        newline_ids: tokens that end a line, with the gate's granularity "span".
+
+    Raises:
+        ValueError, TypeError: an option is unknown, or the name is taken.
+    """
+    if isinstance(loss, str):
+        check_option("loss", loss, ESTIMATORS)
+    else:
+        check_divergence(*loss)
+    if gate is not None and gate.granularity == "span" and not newline_ids:
+        raise ValueError('newline_ids must be given with gate granularity "span"; got none')
+    final = _final(loss, gate, list(newline_ids))
+    topk = not isinstance(loss, str)
+    register_loss(Settings(names=[name], use_topk=topk, use_estimator=not topk))(final)
+    if not isinstance(loss, str):
+        MODES[name] = loss
+
+
+def compute_topk_loss(
+    config: Any, distillation_config: Any, data: Any, student_logits: Tensor, data_format: str
+) -> dict[str, Tensor]:
+    """What verl's logits processor returns for each row of student_logits [1, nnz, V].
+
+    The logits are divided by the temperature already; rows predict `input_ids` rolled by -1. Other
+    modes go to verl's own function.
+
+    Returns:
+        distillation_losses (differentiable), student_mass, teacher_mass and log-probs of the
+        labels, each [1, nnz] float32.
+
+    Raises:
+        NotImplementedError: the logits are sharded over the vocabulary (Megatron).
+        ValueError: K = 1 with the renormalised support; on a CPU, an id outside the vocabulary.
+    """
+    options = distillation_config.distillation_loss
+    kind = MODES.get(options.loss_mode)
+    if kind is None:
+        return stock_topk_loss(config, distillation_config, data, student_logits, data_format)
+    if config.strategy not in STRATEGIES:
+        raise NotImplementedError(
+            f"loss_mode {options.loss_mode!r} needs logits with the whole vocabulary, strategy "
+            f"{', '.join(STRATEGIES)}; got strategy {config.strategy!r}"
+        )
+    packed = data["teacher_logprobs"], data["teacher_ids"], data["input_ids"]
+    teacher, words, ids = (x.values()[None] for x in packed)
+    labels = torch.roll(ids, -1, dims=1)
+    if get_ulysses_sequence_parallel_world_size() > 1:
+        teacher, words, labels = (slice_input_tensor(x, dim=1) for x in (teacher, words, labels))
+    renormalized = kind.support == "renormalized"
+    if renormalized and words.shape[-1] < 2:
+        raise ValueError(
+            f"topk must be at least 2 with loss_mode {options.loss_mode!r}, whose loss over one "
+            f"word is 0; got {words.shape[-1]}"
+        )
+    if not renormalized and options.use_task_rewards:
+        # verl's log-probs of the same logits, which task rewards train, may leave their gradient
+        # in the logits' place before this loss's backward reads them.
+        student_logits = student_logits.clone()
+    clamp = None if renormalized else options.log_prob_min_clamp
+    found = _rows(student_logits, labels, words, teacher, kind, clamp)
+    return {name: x.view(student_logits.shape[:2]) for name, x in found.items()}
+
+
+def _rows(
+    logits: Tensor, labels: Tensor, words: Tensor, teacher: Tensor, kind: Kind, clamp: float | None
+) -> dict[str, Tensor]:
+    """What `compute_topk_loss` returns, [N], from one scan of the logits."""
+    logits, backend = as_batch(logits), resolve("auto", logits)
+    words, log_q = words.reshape(-1, words.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
+    log_q = log_q.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
+    valid = torch.ones_like(words[:, 0], dtype=torch.bool)
+    on_cpu = logits.device.type == "cpu"
+    present, _ = topk_support(words.contiguous(), log_q, valid, logits.shape[-1], on_cpu, False)
+    listed = torch.cat([flat(labels)[:, None], torch.where(present, words, 0)], 1)
+    gathered, log_probs, *_ = vocabulary.scan(logits, listed, valid, 1.0, False, False, backend)
+    log_p = log_probs[:, 1:]
+    mass = log_p.detach().contiguous()
+    scores = gathered[:, 1:] if kind.support == "renormalized" else log_p
+    held = log_q
+    if clamp is not None:
+        scores, held = scores.clamp_min(clamp), log_q.clamp_min(clamp)
+    rows, _ = topk_rows(scores.contiguous(), mass, held, present, valid, *kind, backend)
+    return {
+        "distillation_losses": rows[0],
+        "student_mass": rows[1].detach(),
+        "teacher_mass": log_q.exp().sum(-1),  # of what is not clamped, as verl logs it
+        LOG_PROBS: log_probs[:, 0].detach(),
+    }
+
+
+def _final(loss: str | Kind, gate: DriftGate | None, newline_ids: list[int]) -> Callable[..., Any]:
+    """The loss of whole sequences, as verl's registry wants it."""
+
+    def final(
+        config: Any, distillation_config: Any, model_output: dict[str, Any], data: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        options = distillation_config.distillation_loss
+        mask = _padded(data["response_mask"], False).bool()
+        old = _padded(data["old_log_probs"], 0.0)
+        if isinstance(loss, str):
+            if loss in ("opd", "k1") and not options.use_policy_gradient:
+                raise ValueError(
+                    f"use_policy_gradient must be True with loss_mode {options.loss_mode!r}, whose "
+                    "own gradient knows nothing of the teacher; got False"
+                )
+            now = no_padding_2_padding(model_output["log_probs"], data)
+            teacher = no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1)
+            found = old - teacher if loss == "opd" else kl_penalty(now, teacher, loss)
+            metrics = {"distillation/abs_loss": _mean(found.detach().abs(), mask)}
+        else:
+            if LOG_PROBS not in model_output:
+                raise RuntimeError(
+                    f"loss_mode {options.loss_mode!r} found no log-probs of its own: fused kernels "
+                    "compute forward KL inside the model; set use_fused_kernels=False"
+                )
+            names = "distillation_losses", LOG_PROBS, "student_mass", "teacher_mass"
+            found, now, *masses = (no_padding_2_padding(model_output[n], data) for n in names)
+            metrics = {
+                f"distillation/{name}": _mean(x, mask)
+                for name, x in zip(names[2:], masses, strict=True)
+            }
+        if options.loss_max_clamp is not None:  # verl clamps what comes back, gate and all
+            found = found.clamp(-options.loss_max_clamp, options.loss_max_clamp)
+        if gate is None:
+            return found, metrics
+        spans = None
+        if gate.granularity == "span":
+            responses = _padded(data["responses"], -1)
+            spans = newline_spans(responses, newline_ids, response_mask=mask)
+        gated = gate_weights(now.detach(), old, gate, response_mask=mask, span_ids=spans)
+        for name, value in gated.metrics.items():
+            kind = {"gate_min": AggregationType.MIN, "gate_max": AggregationType.MAX}.get(name)
+            metrics[f"distillation/{name}"] = Metric(kind or AggregationType.MEAN, value)
+        return torch.where(mask, found, 0) * gated.weights, metrics
+
+    return final
+
+
+def _padded(x: Tensor, filling: float) -> Tensor:
+    """[B, T] of a padded or a jagged tensor."""
+    return torch.nested.to_padded_tensor(x, filling) if x.is_nested else x
+
+
+def _mean(x: Tensor, mask: Tensor) -> Any:
+    return Metric(AggregationType.MEAN, x[mask].mean())
+
+
+losses.compute_topk_loss = compute_topk_loss
+for estimator in ESTIMATORS:
+    register(f"gated_{estimator}", estimator)
+register("gated_lsm", Kind("reverse", "renormalized", 0.5))
+register("gated_forward_kl_topk", Kind("forward", "truncated", 0.5))
+register("gated_reverse_kl_topk", Kind("reverse", "tail", 0.5))

@@ -1,0 +1,243 @@
+"""`drift_gate.integrations.trl` inside TRL's own `train()`, with tiny random models on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="needs trl: pip install 'drift-gate[trl]'")
+
+from support import tiny  # isort: skip  (before trl: it keeps the hub offline)
+from datasets import Dataset, IterableDataset
+from transformers import HfArgumentParser, TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
+
+from drift_gate.integrations.trl import GatedDistillationConfig, GatedDistillationTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Completions of unequal lengths, so that micro-batches of two hold 12 and 9 tokens in every order
+# but one; with a newline, so that spans differ from blocks.
+PROMPTS = [f"w{i} w{i + 20}" for i in range(4)]
+COMPLETIONS = [
+    [5, 6, 7, tiny.EOS],
+    [9, tiny.NEWLINE, 11, 12, 13, 14, 15, 16],
+    [21, 22, tiny.EOS],
+    [31, 32, 33, tiny.NEWLINE, 35, 36],
+]
+
+
+class Fixed:
+    """Rollouts from a list in place of the sampler; all else is TRL's. Counts the calls."""
+
+    generated = 0
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        self.generated += 1
+        words = [tiny.WORDS[ids[0]] for ids in prompt_ids]
+        return [COMPLETIONS[int(word[1:])] for word in words]
+
+
+class FixedGated(Fixed, GatedDistillationTrainer):
+    pass
+
+
+class FixedPlain(Fixed, DistillationTrainer):
+    pass
+
+
+class Gradients(TrainerCallback):
+    """The gradients that every optimiser step gets, in float64."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({n: p.grad.double().clone() for n, p in model.named_parameters()})
+
+
+def settings(folder, config=GatedDistillationConfig, **changes):
+    options = dict(
+        output_dir=str(folder), per_device_train_batch_size=4, max_steps=1, learning_rate=0.05,
+        optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant", logging_steps=1,
+        report_to=[], save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
+        max_completion_length=8, disable_tqdm=True,
+    )  # fmt: skip
+    return config(**options | changes)
+
+
+def run(folder, trainer=FixedGated, teacher_width=16, dataset=None, **changes):
+    """Train; returns the trainer and the gradients of its steps."""
+    gated = issubclass(trainer, GatedDistillationTrainer)
+    config = GatedDistillationConfig if gated else DistillationConfig
+    seen = Gradients()
+    made = trainer(
+        model=tiny.model(1), teacher_model=tiny.model(2, teacher_width),
+        args=settings(folder, config, **changes), processing_class=tiny.tokenizer(),
+        train_dataset=dataset or Dataset.from_dict({"prompt": PROMPTS}), callbacks=[seen],
+    )  # fmt: skip
+    made.train()
+    return made, seen.steps
+
+
+def metric(trainer, name):
+    return [log[name] for log in trainer.state.log_history if name in log]
+
+
+def assert_same(gradients, others):
+    """Equal to float32's rounding of sums over a batch of some twenty tokens."""
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        scale = gradient.abs().max()
+        assert scale > 0
+        assert (gradient - others[name]).abs().max() <= 2e-5 * scale, name
+
+
+@pytest.mark.parametrize("loss", ["sampled", "topk", "full"])
+def test_trains_on_its_own_rollouts(tmp_path, loss):
+    """TRL's sampler too: nothing is replaced."""
+    trainer, steps = run(
+        tmp_path, GatedDistillationTrainer, teacher_width=24, loss=loss, teacher_top_k=5,
+        gate_granularity="span", max_steps=4,
+    )  # fmt: skip
+    assert len(steps) == 4
+    assert all(step["lm_head.weight"].abs().max() > 0 for step in steps)
+    drift = metric(trainer, "drift_gate/drift_abs")
+    # Two epochs over each of two buffers: the second epoch's model has moved from its old self.
+    assert max(drift[0], drift[2]) < 1e-5 < 1e-3 < min(drift[1], drift[3])
+    assert len(metric(trainer, "entropy")) == 4
+    assert len(metric(trainer, "completions/mean_length")) == 2  # TRL's own, once a buffer
+    names = {"gate_mean_raw", "gate_min", "gate_max", "gate_ess", "drift_signed", "ppo_kl"}
+    names |= {"sampled": {"pg_clipfrac"}, "topk": {"student_mass", "overlap"}, "full": set()}[loss]
+    assert names <= {name.removeprefix("drift_gate/") for name in trainer.state.log_history[0]}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_buffer_serves_its_epochs_and_is_scored_once(tmp_path, streamed):
+    """Buffers of two optimiser steps, two epochs: four steps a buffer, and then a fresh one."""
+    dataset = Dataset.from_dict({"prompt": PROMPTS})
+    if streamed:
+        rows = list(dataset)
+        dataset = IterableDataset.from_generator(lambda: iter(rows))
+    scored = []
+
+    class Watched(FixedGated):
+        def _teacher_scores(self, model, inputs):
+            scored.append(self._step)
+            return super()._teacher_scores(model, inputs)
+
+    trainer, steps = run(
+        tmp_path, Watched, dataset=dataset, per_device_train_batch_size=2, max_steps=6,
+        steps_per_generation=2,
+    )  # fmt: skip
+    assert len(steps) == 6 and trainer.generated == 2
+    assert scored == [0, 0, 4, 4]  # each of the two micro-batches, before the first step over it
+    drift = metric(trainer, "drift_gate/drift_abs")
+    assert max(drift[0], drift[4]) < 1e-5 < 1e-3 < min(drift[1:4])
+    gates = metric(trainer, "drift_gate/gate_min"), metric(trainer, "drift_gate/gate_max")
+    assert gates[0][1] < 1 < gates[1][1]
+
+
+@pytest.mark.parametrize("loss", ["sampled", "topk", "full"])
+def test_micro_batches_give_the_gradient_of_one_batch(tmp_path, loss):
+    """`num_items_in_batch` counts the optimiser step's tokens, and divides nothing twice."""
+    common = dict(loss=loss, teacher_top_k=5, gate_granularity="off", max_steps=2)
+    _, whole = run(tmp_path, **common)
+    _, split = run(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, **common)
+    _, single = run(
+        tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, **common
+    )
+    for step in (0, 1):  # the second is off-policy, where PPO's clip may bind
+        assert_same(whole[step], split[step])
+        assert_same(whole[step], single[step])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_ungated_full_loss_is_trl_s_own(tmp_path, beta):
+    shape = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, beta=beta)
+    shape |= dict(temperature=0.7, teacher_width=24)
+    ours, gradients = run(tmp_path, loss="full", gate_granularity="off", **shape)
+    theirs, expected = run(tmp_path, FixedPlain, **shape)
+    assert_same(expected[0], gradients[0])
+    for name in ("loss", "entropy"):
+        torch.testing.assert_close(*(torch.tensor(metric(t, name)) for t in (ours, theirs)))
+
+
+def test_evaluation_scores_what_it_samples(tmp_path):
+    prompts = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = FixedGated(
+        model=tiny.model(1), teacher_model=tiny.model(2), processing_class=tiny.tokenizer(),
+        args=settings(tmp_path, loss="full", beta=1.0), train_dataset=prompts, eval_dataset=prompts,
+    )  # fmt: skip
+    found = trainer.evaluate()
+    same = FixedGated(
+        model=tiny.model(1), teacher_model=tiny.model(1), processing_class=tiny.tokenizer(),
+        args=settings(tmp_path, loss="full", beta=1.0), train_dataset=prompts, eval_dataset=prompts,
+    )  # fmt: skip
+    assert found["eval_loss"] > 0.01 > 1e-6 > abs(same.evaluate()["eval_loss"])
+    assert found["eval_drift_gate/drift_abs"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"loss": "hidden"}, "loss must be one of sampled, topk, full; got 'hidden'"),
+        ({"estimator": "k4"}, "estimator must be one of"),
+        ({"num_iterations": 0}, "num_iterations must be"),
+        ({"loss": "topk", "teacher_top_k": 1}, "teacher_top_k must be at least 2"),
+        ({"loss": "topk", "support": "all"}, "support must be one of"),
+        ({"gate_granularity": "page"}, "granularity must be one of"),
+        ({"gate_tau": -1.0}, "tau must be finite"),
+        (
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 3},
+            "steps_per_generation must be a multiple of gradient_accumulation_steps, 2; got 3",
+        ),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, **changes)
+
+
+def test_options_from_a_command_line(tmp_path):
+    line = f"--output_dir {tmp_path} --loss topk --gate_tau 0.5 --gate_granularity off --use_cpu 1"
+    (parsed,) = HfArgumentParser(GatedDistillationConfig).parse_args_into_dataclasses(line.split())
+    assert (parsed.loss, parsed.gate_tau, parsed.drift_gate()) == ("topk", 0.5, None)
+
+
+def test_arguments_that_do_not_fit(tmp_path):
+    common = dict(model=tiny.model(1), processing_class=tiny.tokenizer())
+    prompts = Dataset.from_dict({"prompt": PROMPTS})
+    with pytest.raises(ValueError, match="teacher_model must be a model"):
+        FixedGated(args=settings(tmp_path), train_dataset=prompts, **common)
+    plain = settings(tmp_path, DistillationConfig)
+    with pytest.raises(TypeError, match="args must be a GatedDistillationConfig; got Distillation"):
+        FixedGated(args=plain, teacher_model=tiny.model(2), train_dataset=prompts, **common)
+
+
+@pytest.mark.parametrize("missing", ["the package", "a module", "a method"])
+def test_a_missing_or_other_trl_is_named(monkeypatch, missing):
+    monkeypatch.delitem(sys.modules, "drift_gate.integrations.trl")
+    if missing == "a method":
+        monkeypatch.delattr(DistillationTrainer, "_get_last_hidden_state")
+    else:
+        name = {"the package": "trl", "a module": "trl.trainer.utils"}[missing]
+        monkeypatch.setitem(sys.modules, name, None)
+    wanted = r"drift_gate.integrations.trl needs trl 1.16: pip install 'trl==1.16.\*'; got .+"
+    with pytest.raises(ImportError, match=wanted):
+        importlib.import_module("drift_gate.integrations.trl")
+
+
+def test_transformers_does_not_take_our_kernels_for_its_own():
+    """From the root of a checkout, where kernels/ lies on sys.path."""
+    code = "from transformers.utils.import_utils import is_kernels_available as k; print(k())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False"]
