@@ -9,7 +9,7 @@ import torch
 from rollouts import hidden_states, sample, score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drift_gate import DriftGate, linear_opd_loss
+from drift_gate import DriftGate, GateNormalizer, linear_opd_loss
 from drift_gate.integrations.teacher import head_options
 
 GATE = DriftGate(granularity="block", block_size=64)
@@ -21,6 +21,7 @@ def train_on(student, optimizer, rollouts, teacher, *, epochs=2, micro_batches=2
     old, theirs = (score(model, ids, attention_mask) for model in (student, teacher))
     rows = ids, attention_mask, response_mask, old, theirs
     tokens = response_mask[:, 1:].sum()  # of the optimiser's step, which micro-batches share
+    normalizer = GateNormalizer(gate)
     for _ in range(epochs):
         for part in zip(*(x.chunk(micro_batches) for x in rows), strict=True):
             ids, attention_mask, response_mask, old, theirs = part
@@ -32,10 +33,11 @@ def train_on(student, optimizer, rollouts, teacher, *, epochs=2, micro_batches=2
                 old_log_probs=old,
                 teacher_log_probs=theirs,
                 response_mask=response_mask[:, 1:],
-                gate=gate,
+                gate=normalizer,  # one unit mean for the micro-batches
                 batch_num_tokens=tokens,
             )
             result.loss.backward()
+        normalizer.scale_gradients(student.parameters())
         optimizer.step()
         optimizer.zero_grad()
     return {name: value.item() for name, value in result.metrics.items()}

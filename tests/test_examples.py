@@ -86,6 +86,9 @@ def test_micro_batches_and_trainers_take_the_same_step(tmp_path, rollouts):
 
 
 def test_the_second_epoch_is_gated(rollouts):
+    """With the unit mean of the step: micro-batches of the plain loop take the whole batch's."""
+    gate = plain_loop.DriftGate(block_size=2)
+    assert_same(*(by_hand(rollouts, parts, epochs=2, gate=gate)[0] for parts in (1, 4)))
     _, first = by_hand(rollouts, 1, epochs=1, gate=plain_loop.DriftGate(block_size=2))
     _, second = by_hand(rollouts, 1, epochs=2, gate=plain_loop.DriftGate(block_size=2))
     assert first["drift_abs"] < 1e-5 < 1e-3 < second["drift_abs"]

@@ -143,18 +143,23 @@ def test_a_buffer_serves_its_epochs_and_is_scored_once(tmp_path, streamed):
     assert gates[0][1] < 1 < gates[1][1]
 
 
+@pytest.mark.parametrize("gate", ["block", "off"])
 @pytest.mark.parametrize("loss", ["sampled", "topk", "full"])
-def test_micro_batches_give_the_gradient_of_one_batch(tmp_path, loss):
-    """`num_items_in_batch` counts the optimiser step's tokens, and divides nothing twice."""
-    common = dict(loss=loss, teacher_top_k=5, gate_granularity="off", max_steps=2)
-    _, whole = run(tmp_path, **common)
-    _, split = run(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, **common)
-    _, single = run(
-        tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, **common
-    )
-    for step in (0, 1):  # the second is off-policy, where PPO's clip may bind
-        assert_same(whole[step], split[step])
-        assert_same(whole[step], single[step])
+def test_micro_batches_give_the_gradient_of_one_batch(tmp_path, loss, gate):
+    """`num_items_in_batch` counts the optimiser step's tokens, and divides nothing twice; the gates
+    have the unit mean of the step."""
+    common = dict(loss=loss, teacher_top_k=5, gate_granularity=gate, gate_block_size=2, max_steps=2)
+    whole, expected = run(tmp_path, **common)
+    for size in (1, 2):
+        split, gradients = run(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size,
+            **common,
+        )  # fmt: skip
+        for step in (0, 1):  # the second is off-policy: gates differ, and PPO's clip may bind
+            assert_same(expected[step], gradients[step])
+        torch.testing.assert_close(*(torch.tensor(metric(t, "loss")) for t in (whole, split)))
+    if gate != "off":
+        assert max(metric(whole, "drift_gate/gate_max")) > 1.05
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

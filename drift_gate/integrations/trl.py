@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import (
     DriftGate,
+    GateNormalizer,
     LossOutput,
     linear_full_loss,
     linear_opd_loss,
@@ -160,6 +161,11 @@ class GatedDistillationTrainer(DistillationTrainer):
         if self.teacher_model is None:
             raise ValueError("teacher_model must be a model or its name; got None")
         self.gate = self.args.drift_gate()
+        self._normalizer: GateNormalizer | None = None
+        # DeepSpeed keeps the gradients to itself: there each micro-batch has its own unit mean.
+        if self.gate is not None and not self.is_deepspeed_enabled:
+            self._normalizer = GateNormalizer(self.gate)
+        self._step_loss = torch.zeros((), device=self.accelerator.device)
         self._newline_ids: list[int] | None = None
         if self.args.gate_granularity == "span":
             self._newline_ids = newline_token_ids(self._tokenizer)
@@ -295,7 +301,8 @@ class GatedDistillationTrainer(DistillationTrainer):
             **head_options(model, hidden.dtype)._asdict(),
             "labels": inputs["completion_ids"].to(device),
             "old_log_probs": inputs["old_log_probs"],
-            "gate": self.gate,
+            "gate": self._normalizer if self.model.training and self._normalizer else self.gate,
+            "group": torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None,
             "response_mask": mask,
             "span_ids": None if spans is None else spans.to(device),
             "temperature": self.temperature,
@@ -316,6 +323,18 @@ class GatedDistillationTrainer(DistillationTrainer):
         return linear_full_loss(
             **options, **{f"teacher_{name}": x for name, x in head._asdict().items()}
         )
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """TRL's; after the last micro-batch the gates get the unit mean of the optimiser's step."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._normalizer is None:
+            return loss
+        self._step_loss = self._step_loss + loss
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            whole = self._normalizer.scale_gradients(model.parameters())
+            loss = loss + whole - self._step_loss  # the micro-batches' losses, summed, are its
+            self._step_loss = torch.zeros_like(self._step_loss)
+        return loss
 
     def compute_loss(
         self,
