@@ -8,8 +8,8 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n 2
 # Kernels are also compiled under these versions of Triton, beside the pinned one.
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: help test lint distill fuzz sanitize mutants bench bench-cpu bench-growth readme-table \
-	compile-check wheel-check clean
+.PHONY: help test lint distill distill-study fuzz sanitize mutants bench bench-cpu bench-growth \
+	readme-table compile-check wheel-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1: \2/p' Makefile
@@ -22,8 +22,15 @@ lint: .venv/.installed  ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-distill: .venv/.installed  ## train a small student from a small teacher
+distill: .venv/.installed  ## train a small student from a small teacher in six ways
 	$(BIN)/python -m drift_gate distill
+
+# Ctrl-C at any time: the next call goes on. A folder of earlier runs is STUDY=FOLDER.
+STUDY ?= runs/study
+distill-study: .venv/.installed  ## the README's comparison: 90 runs, hours
+	$(BIN)/python -m drift_gate distill $(if $(wildcard $(STUDY)/settings.json),--resume $(STUDY), \
+	  --seeds 5 --epochs 1 --epochs 2 --epochs 4 --out $(STUDY))
+	$(BIN)/python -m drift_gate.bench.distill.study $(STUDY)
 
 fuzz: .venv/.installed  ## random problems against the float64 reference, for ten minutes
 	$(BIN)/python -m drift_gate fuzz --minutes 10 --cases 1000000 --seed $$(date +%s)
@@ -48,6 +55,7 @@ bench-growth: .venv/.installed  ## time a token and memory over 64 times the row
 
 readme-table: .venv/.installed  ## write the README's figures from the committed results
 	$(BIN)/python -m drift_gate.bench.readme_table
+	$(BIN)/python -m drift_gate.bench.distill.study
 
 compile-check: $(TRITONS:%=compile-check-%)  ## compile the kernels under other versions of Triton
 

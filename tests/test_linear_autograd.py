@@ -168,15 +168,15 @@ def test_opcheck(dtype):
     labels, old, ids, teacher = problem.rest
     valid = torch.arange(20) % 3 > 0
     head = hidden, weight, bias
-    opcheck(OPS.head_scan, (*head, ids, valid, 6.0, 1.5, True, 8, "torch"))
+    opcheck(OPS.head_scan, (*head, ids, valid, 6.0, 1.5, True, 8, "torch", ""))
     opcheck(OPS.head_gather, (*head, ids, valid, 6.0, 1.5, "torch"))
     plain = [x.detach() for x in head]
     z = torch.randn(20, 6)
     needs = [True, True, True]
     opcheck(OPS.head_scatter, (*plain, ids, valid, z, z, 6.0, 1.5, needs, "torch"))
-    opcheck(OPS.head_expand, (*plain, ids, valid, z[:, 0], z, 6.0, 1.5, needs, 8, "torch"))
+    opcheck(OPS.head_expand, (*plain, ids, valid, z[:, 0], z, 6.0, 1.5, needs, 8, "torch", ""))
     gate = ("block", 4, "mean", 1.0, "batch")
-    options = gate, 6.0, 1.5, 8, True, needs, "torch"
+    options = gate, 6.0, 1.5, 8, True, needs, "torch", ""
     rows = labels, old, valid, None, None, torch.ones(20)
     for settings, targets in (
         (Settings("sampled", ["ppo", 0.2, 0.2, 3.0, None], *options), [teacher[:, 0]]),

@@ -1,0 +1,99 @@
+"""Time and memory of the fused losses beside the eager ones, on a batch of the run itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import eager
+from ..measure import peak_bytes, quartiles
+from ..timing import interleaved
+from .jobs import Work
+from .models import head_of, hidden_states, load_pair, logits_of
+from .rollouts import Rollouts
+from .settings import Job, Variant, variants
+from .training import Trainer, autocast, loss_of
+
+ROUNDS = 9
+
+
+def measure(work: Work) -> list[dict[str, Any]]:
+    """One row a loss: seconds and peak bytes of forward and backward, ours and eager.
+
+    From the hidden states of the first mini-batch to the gradients of hidden states and head,
+    with the fixed-block gate.
+    """
+    settings = work.settings
+    pair = load_pair(*settings.model_paths(), torch.device(settings.device))
+    gated = [v for v in variants(settings) if v.gate and v.gate.granularity == "block"]
+    chosen = {variant.loss: variant for variant in reversed(gated) if variant.epochs is None}
+    trainer = Trainer(pair, Job(gated[0], 1, settings.seed), settings, work.training)
+    rollouts, _ = trainer.collect(0)
+    batch = Rollouts(*(field[: settings.minibatch] for field in rollouts))
+    with torch.no_grad(), autocast(pair.student.device):
+        hidden = hidden_states(pair.student, batch.tokens, batch.mask, batch.labels.shape[1])
+    found = []
+    for loss in ("opd", "lsm"):
+        runs = _runs(chosen[loss], batch, hidden.detach().requires_grad_(), pair.student, settings)
+        words, width = head_of(pair.student).weight.shape
+        shape = dict(positions=batch.labels.numel(), hidden=width, words=words)
+        found.append(dict(loss=loss, **shape, **_compare(runs, pair.student.device)))
+    return found
+
+
+def _runs(
+    variant: Variant, batch: Rollouts, hidden: Tensor, student: Any, settings: Any
+) -> dict[str, Callable[[], object]]:
+    weight = head_of(student).weight
+    mask, labels = batch.response_mask.flatten().float(), batch.labels.flatten()
+    blocks = _blocks(batch.response_mask, settings.block_size)
+    old, teacher = batch.old_log_probs.flatten(), batch.teacher_log_probs.flatten()
+    ids, listed = batch.teacher_topk_ids.flatten(0, 1), batch.teacher_topk_log_probs.flatten(0, 1)
+
+    def fused() -> object:
+        with autocast(student.device):
+            output = loss_of(variant, batch, hidden, student, settings)
+        return torch.autograd.grad(output.loss, [hidden, weight])
+
+    def eagerly() -> object:
+        with autocast(student.device):
+            logits = logits_of(student, hidden.flatten(0, 1)) / settings.temperature
+        if variant.loss == "opd":
+            loss = eager.loss(logits, labels, old, teacher, mask, blocks)
+        else:
+            log_probs = logits.log_softmax(-1)
+            losses = eager.support_losses(log_probs.gather(-1, ids), listed)
+            with torch.no_grad():
+                drift = (old - log_probs.gather(-1, labels[:, None])[:, 0]) * mask
+                weights = eager.drift_weights(drift, mask, blocks)
+            loss = (weights * losses).sum() / mask.sum()
+        return torch.autograd.grad(loss, [hidden, weight])
+
+    return {"fused": fused, "eager": eagerly}
+
+
+def _blocks(mask: Tensor, size: int) -> Tensor:
+    """Number of each position's block, [B * R]; responses begin at the first column."""
+    count, length = mask.shape
+    per_row = -(-length // size)
+    row = torch.arange(count, device=mask.device)[:, None] * per_row
+    return (row + torch.arange(length, device=mask.device) // size).flatten()
+
+
+def _compare(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, Any]:
+    memory = {}
+    for name, run in runs.items():
+        run()  # what is allocated once is not counted
+        with peak_bytes(device) as peak:
+            run()
+        memory[name] = peak.peak
+    timed = interleaved({name: (_nothing, run) for name, run in runs.items()}, device, ROUNDS)
+    seconds = {name: quartiles([min(launch) for launch in timed[name]]) for name in runs}
+    return dict(bytes=memory, seconds=seconds)
+
+
+def _nothing() -> None:
+    """There is nothing to prepare."""

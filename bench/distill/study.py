@@ -1,0 +1,127 @@
+"""The README's comparison of gated and ungated runs: `make distill-study`, then `readme-table`.
+
+python -m drift_gate.bench.distill.study FOLDER takes the finished runs of a folder of
+`drift-gate distill` into bench/results/distill_study.json, and the README's table from there.
+Without a folder it writes the table alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import measure
+from . import command, files, report
+from .jobs import BASE, Work
+from .report import METRICS
+from .settings import Job, jobs
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "bench" / "results" / "distill_study.json"
+BEGIN, END = "<!-- distillation: make readme-table -->", "<!-- end of distillation -->"
+
+
+def finished(work: Work) -> list[Job]:
+    """The runs of those seeds of which all runs are finished."""
+    everything = jobs(work.settings)
+    missing = {job.seed for job in everything if work.done(job.key) is None}
+    return [job for job in everything if job.seed not in missing]
+
+
+def collect(work: Work) -> dict[str, Any]:
+    """Settings, machine, figures of every variant, and those of each run.
+
+    Raises:
+        ValueError: no seed is finished, or the models before training were not evaluated.
+    """
+    done = finished(work)
+    if not done or any(work.done(name) is None for name in BASE):
+        raise ValueError(f"{work.out} has no seed of which all runs are finished")
+    samples, runs = work.settings.evaluation_samples, []
+    for job in done:
+        figures = report.figures_of([work.done(job.key)], samples)  # type: ignore[list-item]
+        means = {metric: round(figures[metric]["mean"], 5) for metric in METRICS}
+        runs.append(dict(variant=job.variant.name, epochs=job.epochs, seed=job.seed, **means))
+    return dict(
+        settings=work.settings.to_json(),
+        machine=measure.environment(torch.device(work.settings.device)),
+        **report.summarize(work, done),
+        runs=runs,
+    )
+
+
+def section(found: dict[str, Any] | None) -> list[str]:
+    """The README's lines: the table, or that there is none yet."""
+    if found is None:
+        return ["Gated against ungated runs: not measured."]
+    chosen, machine = found["settings"], found["machine"]
+    rows = found["rows"]
+    seeds = max(row["seeds"] for row in rows)
+    gains = [row["gain"][METRICS[0]]["interval"] for row in rows if "gain" in row]
+    up, down = sum(low > 0 for low, _ in gains), sum(high < 0 for _, high in gains)
+    problems = sum(found["benchmarks"].values())
+    lines = [
+        f"{seeds} seed{'s' if seeds > 1 else ''}, {chosen['steps']} rollout batches of "
+        f"{chosen['prompts']} prompts x {chosen['samples']} samples, mini-batches of "
+        f"{chosen['minibatch']}, AdamW at {chosen['learning_rate']:g}; pass@8 from "
+        f"{chosen['evaluation_samples']} responses to each of {problems} held-out problems in "
+        f"{len(found['benchmarks'])} benchmarks. {machine['device']}, torch {machine['torch']}, "
+        f"{machine['date']}, commit {machine['commit']}. In parentheses: 95% intervals, "
+        "bootstrapped over problems and seeds; gain: over the same loss without a gate, paired.",
+        "",
+        "| | epochs | mean pass@8 | gain of the gate | accuracy | gap closed | drift, nats |",
+        "|---|---|---|---|---|---|---|",
+        *(_line(row) for row in rows),
+        "",
+        f"Of {len(gains)} gains, {up} lie above 0 by their interval, and {down} below.",
+    ]
+    return lines
+
+
+def _line(row: dict[str, Any]) -> str:
+    figures, accuracy = (row["figures"][metric] for metric in METRICS)
+    name = {"student": "student before", "teacher": "teacher"}.get(row["name"], row["name"])
+    gain = row.get("gain")
+    moved = row.get("movement")
+    cells = [
+        name,
+        str(row["epochs"] or ""),
+        _interval(figures, ".3f"),
+        _interval(gain[METRICS[0]], "+.3f") if gain else "",
+        f"{accuracy['mean']:.3f}",
+        f"{row['gap_closed']:.0%}" if row.get("gap_closed") is not None else "",
+        f"{moved['drift_abs'][-1]:.3f}" if moved else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _interval(figure: dict[str, Any], form: str) -> str:
+    low, high = figure["interval"]
+    return f"{figure['mean']:{form}} ({low:{form}} to {high:{form}})"
+
+
+def write_readme(path: Path, results: Path) -> None:
+    """Replace what lies between the README's marks."""
+    found = json.loads(results.read_text()) if results.exists() else None
+    before, rest = path.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    body = "\n".join(section(found))
+    files.write({path: f"{before}{BEGIN}\n{body}\n{END}{after}".encode()})
+
+
+def main() -> None:
+    """Collect, if there is a folder; then write the README."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path)
+    folder = parser.parse_args().folder
+    if folder is not None:
+        files.write_json(RESULTS, collect(command.resume(folder)))
+    write_readme(ROOT / "README.md", RESULTS)
+
+
+if __name__ == "__main__":
+    main()
