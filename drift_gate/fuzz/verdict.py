@@ -105,8 +105,8 @@ def _rounded(problem: Problem) -> Iterator[Results]:
 
 
 def _accumulation_dtype(problem: Problem) -> torch.dtype:
-    carrier = problem.leaves[0] if problem.leaves else "log_probs"
-    return torch.promote_types(problem.arguments[carrier].dtype, torch.float32)
+    carrier = problem.arguments.get(problem.leaves[0] if problem.leaves else "log_probs")
+    return torch.promote_types(torch.float32 if carrier is None else carrier.dtype, torch.float32)
 
 
 def _add_effects(effects: Effects, rounded: Results, truth: Results) -> None:
