@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import eager
 from ..measure import peak_bytes, quartiles
+from ..peers import plain
 from ..timing import interleaved
 from .jobs import Work
 from .models import head_of, hidden_states, load_pair, logits_of
@@ -65,7 +66,7 @@ def _runs(
             loss = eager.loss(logits, labels, old, teacher, mask, blocks)
         else:
             log_probs = logits.log_softmax(-1)
-            losses = eager.support_losses(log_probs.gather(-1, ids), listed)
+            losses = plain.lsm(log_probs.gather(-1, ids), listed)
             with torch.no_grad():
                 drift = (old - log_probs.gather(-1, labels[:, None])[:, 0]) * mask
                 weights = eager.drift_weights(drift, mask, blocks)
@@ -90,7 +91,8 @@ def _compare(runs: dict[str, Callable[[], object]], device: torch.device) -> dic
         with peak_bytes(device) as peak:
             run()
         memory[name] = peak.peak
-    timed = interleaved({name: (_nothing, run) for name, run in runs.items()}, device, ROUNDS)
+    pairs = {name: (_nothing, run) for name, run in runs.items()}
+    *_, timed = interleaved(pairs, device, ROUNDS)
     seconds = {name: quartiles([min(launch) for launch in timed[name]]) for name in runs}
     return dict(bytes=memory, seconds=seconds)
 
