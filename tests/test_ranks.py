@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import drift_gate as dg
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one worker: processes are started once
 GATE = dg.DriftGate(block_size=4)
 CASES: dict[str, tuple[str, bool, Any, dict[str, Any]]] = {
     f"{form}{', linear' * linear}": (form, linear, GATE, {})

@@ -22,6 +22,7 @@ from drift_gate.ranks import name_of
 
 OPS = torch.ops.drift_gate
 
+pytestmark = pytest.mark.xdist_group("shards")  # one worker: processes are started once
 GATE = dg.DriftGate(block_size=4)
 CASES: dict[str, tuple[str, bool, Any, dict[str, Any]]] = {
     f"{form}{', linear' * linear}": (form, linear, GATE, {"return_entropy": True})
