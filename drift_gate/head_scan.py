@@ -116,13 +116,7 @@ def _(
     backend: str,
     shard: str,
 ) -> Scan:
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    n, k = ids.shape
-
-    def new(*shape: int) -> Tensor:
-        return hidden.new_empty(shape, dtype=dtype)
-
-    return new(n, k), new(n, k), new(n), new(n), new(n * with_entropy)
+    return vocabulary.empty_scan(hidden, ids, with_entropy)
 
 
 @custom_op("drift_gate::head_expand", mutates_args=())

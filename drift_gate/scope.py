@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .outputs import LossOutput
+from .outputs import LossOutput, Metrics
 from .ranks import gather_ranks
 from .torch_rows import wide
 
@@ -98,6 +98,11 @@ def scales(scope: Scope, call: Totals, counted: bool) -> Scales:
     return Scales(torch.exp(call.log_gate - everyone.log_gate), size)
 
 
+def scaled(metrics: Metrics, gate: Tensor) -> Metrics:
+    """Metrics of weights that are multiplied by a number."""
+    return metrics | {name: metrics[name] * gate for name in ("gate_min", "gate_max")}
+
+
 def rescale(
     scope: Scope, output: LossOutput, call: Totals, counted: bool, none: bool
 ) -> LossOutput:
@@ -107,13 +112,13 @@ def rescale(
     per-token losses.
     """
     gate, size = (x.to(output.gate.dtype) for x in scales(scope, call, counted))
-    metrics = dict(output.metrics)
-    for name in ("gate_min", "gate_max"):
-        metrics[name] = metrics[name] * gate
     token_loss = output.token_loss * gate
     loss = token_loss if none else output.loss * (gate * size)
     if scope.normalizer is not None:
         scope.normalizer.record(loss)
     return output._replace(
-        loss=loss, token_loss=token_loss, gate=output.gate * gate, metrics=metrics
+        loss=loss,
+        token_loss=token_loss,
+        gate=output.gate * gate,
+        metrics=scaled(output.metrics, gate),
     )

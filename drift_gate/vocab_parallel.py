@@ -155,13 +155,7 @@ def _(
     total: int,
     group: str,
 ) -> Scan:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    n, k = ids.shape
-
-    def new(*shape: int) -> Tensor:
-        return logits.new_empty(shape, dtype=dtype)
-
-    return new(n, k), new(n, k), new(n), new(n), new(n * with_entropy)
+    return vocabulary.empty_scan(logits, ids, with_entropy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Scan) -> None:

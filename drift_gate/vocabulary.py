@@ -62,13 +62,18 @@ def _(
     inplace_backward: bool,
     backend: str,
 ) -> Scan:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    n = ids.shape[0]
+    return empty_scan(logits, ids, with_entropy)
+
+
+def empty_scan(like: Tensor, ids: Tensor, with_entropy: bool) -> Scan:
+    """What `scan` returns for ids [N, K], empty, in the accumulation dtype of `like`."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    n, k = ids.shape
 
     def new(*shape: int) -> Tensor:
-        return logits.new_empty(shape, dtype=dtype)
+        return like.new_empty(shape, dtype=dtype)
 
-    return new(n, ids.shape[1]), new(n, ids.shape[1]), new(n), new(n), new(n * with_entropy)
+    return new(n, k), new(n, k), new(n), new(n), new(n * with_entropy)
 
 
 @custom_op("drift_gate::expand", mutates_args=())

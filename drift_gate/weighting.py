@@ -13,7 +13,7 @@ from .context_parallel import context_of
 from .gate import DriftGate
 from .gating import Gating, gated
 from .outputs import GateOutput, Metrics
-from .scope import Scope, Totals, log_mean_gate, scales
+from .scope import Scope, Totals, log_mean_gate, scaled, scales
 from .torch_rows import wide
 
 
@@ -61,10 +61,7 @@ def gate_weights(
     if not ranks.group:
         return output
     scale = scales(Scope(ranks.group), call, False).gate.to(output.weights.dtype)
-    metrics = dict(output.metrics)
-    for name in ("gate_min", "gate_max"):
-        metrics[name] = metrics[name] * scale
-    return output._replace(weights=output.weights * scale, metrics=metrics)
+    return output._replace(weights=output.weights * scale, metrics=scaled(output.metrics, scale))
 
 
 def gate_and_totals(

@@ -124,7 +124,10 @@ def every_split(rank: int, ranks: int) -> dict[Any, Result]:
             found["rows", case, count] = over_ranks(parts, case, group=group)
         for layout in ("contiguous", "zigzag"):
             part, position = cut_sequences(whole, rank, ranks, layout)
-            found[layout, case, 1] = over_ranks([part], case, group=group, position_ids=position)
+            for count in (1, 2, 5) if case == "opd, linear" else (1,):
+                parts = [share(part, i, count) for i in range(count)]
+                place = {"position_ids": position[: len(parts[0].labels)]}  # alike in all rows
+                found[layout, case, count] = over_ranks(parts, case, group=group, **place)
     mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("rows", "sequences"))
     rows, along = mesh.get_local_rank("rows"), mesh.get_local_rank("sequences")
     mine, position = cut_sequences(share(whole, rows, 2), along, ranks // 2, "zigzag")
