@@ -40,7 +40,7 @@ sanitize: .venv/.installed  ## every kernel with exact bounds, races and poisone
 	DRIFT_GATE_KERNELS=interpret $(PYTEST) tests/test_support.py tests/test_kernels_*.py
 
 mutants: .venv/.installed  ## plant small faults one by one: the tests must fail on each
-	$(BIN)/python -m tests.mutants.run
+	cd tests && ../$(BIN)/python -m mutants.run
 
 bench: .venv/.installed  ## every pass and loss beside its peers; SUITES="scan opd_loss" for some
 	$(BIN)/python -m drift_gate bench $(SUITES)

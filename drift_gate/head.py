@@ -15,6 +15,7 @@ from .ranks import copy_to_ranks
 from .vocab_parallel import Shard, local_words, resolve_for, unwrap_words
 
 READ_BYTES = 56 << 20  # of logits that are only read, on a CPU
+SMALL_BYTES = 4 << 20  # of logits, that a small vocabulary may have at a time on a CPU
 SLICE_WORDS = 1 << 21  # elements that softcap widens at a time: 8 MiB of float32
 
 
@@ -134,7 +135,7 @@ def _chunk_sizes(chunk_size: int | None, weight: Tensor, words: int) -> tuple[in
         return chunk_size, chunk_size
     row = words * weight.itemsize
     on_cpu = weight.device.type == "cpu"
-    most, size = (512, 160 << 20) if on_cpu else (8192, 640 << 20)
+    most, size = (max(512, SMALL_BYTES // row), 160 << 20) if on_cpu else (8192, 640 << 20)
     rows = max(64, min(most, size // row // 64 * 64))
     return rows, max(1, min(rows, READ_BYTES // row)) if on_cpu else rows
 

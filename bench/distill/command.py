@@ -82,7 +82,7 @@ def run(work: Work, workers: int, console: Console) -> dict[str, Any]:
     image = draw(found, [(job, work.done(job.key)) for job in everything])
     report_file, picture = work.out / "report.json", work.out / "report.png"
     files.write({report_file: files.as_json(found), picture: image})
-    console.print(report.table(summary, work.settings))
+    console.print(*report.tables(summary, work.settings), sep="\n")
     console.print(f"{report_file} and {picture.name}", highlight=False)
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from .evaluation import Bootstrap, Floats, pass_at
@@ -95,24 +96,38 @@ def _finished(work: Work, key: str) -> Result:
     return result
 
 
-def table(summary: dict[str, Any], settings: Any) -> Table:
-    """For the terminal; nothing in it depends on the clock."""
+def tables(summary: dict[str, Any], settings: Any) -> list[Table]:
+    """For the terminal, in 80 columns; nothing in them depends on the clock."""
     seeds = f"{settings.seeds} seeds" if settings.seeds > 1 else f"seed {settings.seed}"
-    found = Table(
-        title=f"pass@{PASS_AT} of {settings.evaluation_samples} responses to each held-out "
-        f"problem; {settings.steps} rollout batches, {seeds}",
-        caption=f"mean and gain: mean pass@{PASS_AT} with its 95% interval over problems and "
-        "seeds; gain is over the same loss without a gate, paired. gap: share of the way from "
-        "student to teacher. drift: mean |old - new| log-prob in the last epoch, nats. even: "
-        "effective share of positions under the gate's weights.",
-    )
-    names = list(summary["benchmarks"])
+    compared = _table(
+        f"mean pass@{PASS_AT} from {settings.evaluation_samples} responses to a held-out problem; "
+        f"{settings.steps} steps, {seeds}",
+        "95%: interval over problems and seeds. gap: share of the way from student to teacher. "
+        "gain: over the same loss without a gate, paired.",
+        f"pass@{PASS_AT}", "95%", "gap", "gain", "95%",
+    )  # fmt: skip
+    detailed = _table(
+        f"pass@{PASS_AT} by benchmark",
+        "accuracy: mean over all responses. drift: mean |old - new| log-prob in the last epoch, "
+        "nats. even: effective share of positions under the gate's weights.",
+        *summary["benchmarks"], "accuracy", "drift", "even",
+    )  # fmt: skip
     several = len({row["epochs"] for row in summary["rows"][len(BASE) :]}) > 1
-    found.add_column("", no_wrap=True)
-    for name in (*names, "mean", "accuracy", "gap", "gain", "drift", "even"):
-        found.add_column(name, justify="right")
     for row in summary["rows"]:
-        found.add_row(*cells(row, several), end_section=row["name"] == BASE[-1])
+        last = row["name"] == BASE[-1]
+        compared.add_row(label(row, several), *_comparison(row), end_section=last)
+        detailed.add_row(label(row, several), *_details(row), end_section=last)
+    return [compared, detailed]
+
+
+def _table(title: str, caption: str, *columns: str) -> Table:
+    found = Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left",
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1),
+    )  # fmt: skip
+    found.add_column("", no_wrap=True)
+    for name in columns:
+        found.add_column(name, justify="right")
     return found
 
 
@@ -123,18 +138,24 @@ def label(row: dict[str, Any], several: bool) -> str:
     return f"{row['name']}, {row['epochs']} epoch{'s' if row['epochs'] > 1 else ''}"
 
 
-def cells(row: dict[str, Any], several: bool) -> list[str]:
-    """One line of the table, as text."""
+def _comparison(row: dict[str, Any]) -> list[str]:
+    passed, gain = row["figures"][METRICS[0]], row.get("gain")
+    gap = row.get("gap_closed")
+    found = [f"{passed['mean']:.3f}", _interval(passed, ".3f")]
+    found.append("" if gap is None else f"{gap:.0%}")
+    if gain:
+        found += [f"{gain[METRICS[0]]['mean']:+.3f}", _interval(gain[METRICS[0]], "+.3f")]
+    return found
+
+
+def _interval(figure: dict[str, Any], form: str) -> str:
+    low, high = figure["interval"]
+    return f"{low:{form}} to {high:{form}}"
+
+
+def _details(row: dict[str, Any]) -> list[str]:
     passed, accuracy = (row["figures"][metric] for metric in METRICS)
-    low, high = passed["interval"]
-    found = [label(row, several), *(f"{value:.3f}" for value in passed["benchmarks"].values())]
-    found += [f"{passed['mean']:.3f} ({low:.3f} to {high:.3f})", f"{accuracy['mean']:.3f}"]
-    found.append("" if row.get("gap_closed") is None else f"{row['gap_closed']:.0%}")
-    if gain := row.get("gain"):
-        low, high = gain[METRICS[0]]["interval"]
-        found.append(f"{gain[METRICS[0]]['mean']:+.3f} ({low:+.3f} to {high:+.3f})")
-    else:
-        found.append("")
-    moved = row.get("movement")
-    shown = [moved["drift_abs"][-1], moved["effective_share"][-1]] if moved else []
-    return [*found, *(f"{value:.3f}" for value in shown)]
+    found = [*passed["benchmarks"].values(), accuracy["mean"]]
+    if moved := row.get("movement"):
+        found += [moved["drift_abs"][-1], moved["effective_share"][-1]]
+    return [f"{value:.3f}" for value in found]

@@ -1,6 +1,6 @@
 """Plant each fault in a copy of the tree, run the tests that must see it, and list survivors.
 
-    python -m tests.mutants.run [words of a mutant's name]
+    make mutants, or in tests/: python -m mutants.run [words of a mutant's name]
 
 A child forked from a process that has imported torch runs pytest, so that most faults cost the time
 of the first test that fails. The exit code is 1 where a fault survives or no longer applies.
