@@ -6,6 +6,7 @@ chunk is a few calls into ATen, which run without the lock.
 """
 
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -96,15 +97,22 @@ def chunks(
     For each chunk: the number of its rows, and those rows of each tensor, None for None.
     """
     count = next(len(x) for x in tensors if x is not None)
-    selected = range(count) if mask is None else mask.nonzero()[:, 0].tolist()
+    if mask is None or bool(mask.all()):
+        # All views of a tensor in one call.
+        views = [repeat(None) if x is None else torch.split(x, size) for x in tensors]
+        numbers = range(0, count, size)
+        for i, *parts in zip(numbers, *views, strict=False):
+            yield min(size, count - i), tuple(x if x is None else Piece(x, None) for x in parts)
+        return
+    selected = mask.nonzero()[:, 0].tolist()
     for i in range(0, len(selected), size):
         rows = selected[i : i + size]
         n = len(rows)
         if rows[-1] - rows[0] + 1 == n:
-            views = (x if x is None else x.narrow(0, rows[0], n) for x in tensors)
-            yield n, tuple(x if x is None else Piece(x, None) for x in views)
+            parts = [x if x is None else x.narrow(0, rows[0], n) for x in tensors]
+            yield n, tuple(x if x is None else Piece(x, None) for x in parts)
         else:
-            index = torch.tensor(rows, device=next(x.device for x in tensors if x is not None))
+            index = torch.tensor(rows, device=mask.device)
             yield n, tuple(x if x is None else Piece(x, index) for x in tensors)
 
 

@@ -34,7 +34,6 @@ from .row_chunks import (
     scaled,
     sequences,
     spread,
-    within,
 )
 from .threads import share
 from .torch_passes import gather
@@ -43,6 +42,9 @@ from .torch_rows import wide
 LOWEST = -1e30  # stands for -inf: its exponential is 0, and 0 times it is 0 and not NaN
 NEAR = 4.0  # nats between the tops that cost no more digits than the logarithms do
 BLOCKS = {"reverse": 3, "forward": 3, "jsd": 5}  # of scratch for a thread
+# How the sums of a row were taken: exponentials as they are, and the moment without the tops'
+# difference where they are near; or exponentials shifted by the tops.
+NEAR_BY, FAR, SHIFTED = 0, 1, 2
 
 
 @torch.no_grad()
@@ -68,26 +70,36 @@ def divergence(
     size = _rows_at_once(student)
     scratch = new_scratch(student, BLOCKS[direction], size)
     statistics = student.new_zeros((7, int(valid.sum())), dtype=accumulator(student))
-    tasks: list[tuple[Piece, Piece, Tensor]] = []
-    first = 0
+    pieces: list[tuple[Piece, Piece]] = []
+    counts: list[int] = []
     for (x, y), (mask,) in sequences((student, teacher.detach()), (valid,)):
         for n, (own, other) in chunks(mask, size, x, y):
-            tasks.append((own, other, statistics[:, first : first + n]))
-            first += n
+            pieces.append((own, other))
+            counts.append(n)
+    outs = zip(*(torch.split(row, counts) for row in statistics.unbind()), strict=True)
+    tops = torch.split(statistics[:2], counts, 1)
+    tasks = [_Sums(*each, top, out) for each, top, out in zip(pieces, tops, outs, strict=True)]
+    careful = with_entropy or not logits.is_cpu
 
-    def work(task: tuple[Piece, Piece, Tensor], worker: int) -> None:
-        x, y, out = task[0].read(), task[1].read(), task[2]
+    def work(task: _Sums, worker: int) -> None:
+        x, y, out = task.logits.read(), task.teacher.read(), task.out
         blocks = cut(scratch[worker], len(x))
         if direction == "jsd":
-            arguments = x, y, beta, scale, teacher_scale, out, blocks, with_entropy
-            if not (x.is_cpu and not with_entropy and _jsd_sums(*arguments, careful=False)):
-                _jsd_sums(*arguments, careful=True)
-        elif direction == "reverse":
-            _kl_sums(x, y, scale, teacher_scale, out, blocks, 0 if with_entropy else None)
+            _jsd_sums(x, y, beta, scale, teacher_scale, out, blocks, with_entropy, careful)
+            return
+        reverse = direction == "reverse"
+        models = (x, y, scale, teacher_scale) if reverse else (y, x, teacher_scale, scale)
+        if careful:
+            _kl_sums(*models, out, blocks, (1 - reverse) if with_entropy else None)
         else:
-            _kl_sums(y, x, teacher_scale, scale, out, blocks, 1 if with_entropy else None)
+            _plain_kl_sums(*models, task.tops, out, blocks)
 
     share(tasks, work, len(scratch))
+    if not careful:
+        careful = True
+        fine = torch.split(_fine(statistics, direction == "jsd"), counts)
+        again = [task for task, rows in zip(tasks, fine, strict=True) if not bool(rows.all())]
+        share(again, work, len(scratch))
     if direction == "jsd":
         rows = _jsd_statistics(statistics, beta)
     else:
@@ -100,13 +112,22 @@ def divergence(
     return loss, log_probs, saved, entropy if with_entropy else entropy.new_empty(0)
 
 
+class _Sums(NamedTuple):
+    """A chunk of the forward."""
+
+    logits: Piece  # [rows, V]
+    teacher: Piece
+    tops: Tensor  # [2, rows], the first two of
+    out: tuple[Tensor, ...]  # seven [rows]: see the sums below
+
+
 class _Slopes(NamedTuple):
     """A chunk of the gradient; without logits 0."""
 
     out: Piece  # [rows, V]
     logits: Piece | None = None  # may be out
     teacher: Piece | None = None
-    coefficients: tuple[Piece | None, ...] = ()  # [rows, 1] each, of the direction's function
+    coefficients: tuple[Tensor | None, ...] = ()  # [rows, 1] each, of the direction's function
 
 
 @torch.no_grad()
@@ -137,7 +158,8 @@ def divergence_grad(
     for (x, t, y), (on, off, *each) in sequences(tensors, (active, ~active, *row_data)):
         tasks += [_Slopes(*pieces) for _, pieces in chunks(off, size, y)]
         for _, (out_piece, own, other, *rest) in chunks(on, size, y, x, t, *each):
-            tasks.append(_Slopes(out_piece, own, other, tuple(rest)))
+            columns = tuple(None if c is None else c.read() for c in rest)
+            tasks.append(_Slopes(out_piece, own, other, columns))
 
     def work(task: _Slopes, worker: int) -> None:
         if task.logits is None or task.teacher is None:
@@ -145,7 +167,7 @@ def divergence_grad(
             return
         x, y = task.logits.read(), task.teacher.read()
         blocks = cut(scratch[worker], len(x))
-        columns: list[Any] = [None if c is None else c.read() for c in task.coefficients]
+        columns: Any = task.coefficients
 
         def slopes(careful: bool) -> Tensor:
             a, b = scaled(x, scale, blocks[0]), scaled(y, teacher_scale, blocks[1])
@@ -156,7 +178,7 @@ def divergence_grad(
             return _jsd_slopes(a, b, blocks, careful, beta, *columns)
 
         values = slopes(careful=not x.is_cpu)
-        if x.is_cpu and direction != "forward" and not _finite(values.sum(-1)):
+        if x.is_cpu and direction != "forward" and not math.isfinite(values.sum().item()):
             values = slopes(careful=True)
         task.out.write(values)
 
@@ -167,12 +189,43 @@ def _rows_at_once(student: Tensor) -> int:
     return max(1, rows_at_once(student) // 2)  # several blocks share the cache
 
 
-def _finite(*values: Tensor) -> bool:
-    return all(math.isfinite(x) for value in values for x in value.tolist())
-
-
 # Sums over rows, [7, rows] for a chunk, and the statistics that they give: loss, centre, top and
 # log_sum of the student and of the teacher, entropy.
+
+
+def _fine(sums: Tensor, jsd: bool) -> Tensor:
+    """Whether rows [n] of sums [7, n] taken without care are right."""
+    moments = sums[4:6] if jsd else sums[4:5]
+    fine = moments.isfinite().all(0)
+    return fine if jsd else fine | (sums[6] == SHIFTED)
+
+
+def _plain_kl_sums(
+    u: Tensor,
+    v: Tensor,
+    u_scale: float,
+    v_scale: float,
+    tops: Tensor,  # [2, rows], the first two of
+    out: tuple[Tensor, ...],
+    scratch: list[Tensor],
+) -> None:
+    """`_kl_sums` with exponentials not shifted, where that is safe; see `_fine` for infinities."""
+    top, other_top, total, other_total, moment, _, how = out
+    a, b = scaled(u, u_scale, scratch[0]), scaled(v, v_scale, scratch[1])
+    torch.amax(a, -1, out=top)
+    torch.amax(b, -1, out=other_top)
+    own, other = tops.tolist()
+    if not all(-SAFE_MAXIMUM <= x <= SAFE_MAXIMUM for x in (*own, *other)):
+        _kl_sums(u, v, u_scale, v_scale, out, scratch, None)
+        return
+    torch.sum(torch.exp(b, out=scratch[2]), -1, out=other_total)
+    difference = torch.sub(a, b, out=scratch[1])
+    if not all(abs(x - y) <= NEAR for x, y in zip(own, other, strict=True)):
+        how.fill_(FAR)
+        difference.sub_((top - other_top)[:, None])
+    e = torch.exp(a, out=scratch[0])
+    torch.sum(e, -1, out=total)
+    torch.sum(difference.mul_(e), -1, out=moment)
 
 
 def _kl_sums(
@@ -180,32 +233,17 @@ def _kl_sums(
     v: Tensor,  # [rows, V], of the other
     u_scale: float,
     v_scale: float,
-    out: Tensor,  # [7, rows]: tops, sums and moment below, sum exp(z) z of the centred u or v, and
-    #                          1 where exponentials are shifted by the top
+    out: tuple[Tensor, ...],  # seven [rows]: tops, sums and moment below, sum exp(z) z of the
+    #                           centred u or v, how the sums were taken
     scratch: list[Tensor],  # three blocks [rows, V]
     entropy_of: int | None,  # 0: of u, 1: of v
 ) -> None:
     """sum exp(u), sum exp(v), and the moment sum exp(u) ((u - top) - (v - top))."""
-    top, other_top, total, other_total, moment, entropy, shifted = out.unbind()
+    top, other_top, total, other_total, moment, entropy, how = out
     a, b = scaled(u, u_scale, scratch[0]), scaled(v, v_scale, scratch[1])
     torch.amax(a, -1, out=top)
     torch.amax(b, -1, out=other_top)
-    if u.is_cpu and entropy_of is None and within(SAFE_MAXIMUM, top, other_top):
-        torch.sum(torch.exp(b, out=scratch[2]), -1, out=other_total)
-        difference = torch.sub(a, b, out=scratch[1])
-        offset = top - other_top
-        near = within(NEAR, offset)
-        if not near:
-            difference.sub_(offset[:, None])
-        e = torch.exp(a, out=scratch[0])
-        torch.sum(e, -1, out=total)
-        torch.sum(difference.mul_(e), -1, out=moment)
-        if near:
-            moment.addcmul_(offset, total, value=-1)
-        if _finite(moment):
-            return
-        a, b = scaled(u, u_scale, scratch[0]), scaled(v, v_scale, scratch[1])
-    shifted.fill_(1)
+    how.fill_(SHIFTED)
     a, b = _centred(a, top, scratch[0]), _centred(b, other_top, scratch[1])
     if entropy_of is not None:
         z = (a, b)[entropy_of]
@@ -221,10 +259,12 @@ def _kl_sums(
 
 
 def _kl_statistics(sums: Tensor, reverse: bool) -> Tensor:
-    """KL(u || v) and the rest from `_kl_sums`."""
-    top, other_top, total, other_total, moment, entropy, shifted = sums.unbind()
+    """KL(u || v) and the rest from `_kl_sums` and `_plain_kl_sums`."""
+    top, other_top, total, other_total, moment, entropy, how = sums.unbind()
+    total, other_total, moment = wide(total), wide(other_total), wide(moment)
+    moment = torch.where(how == NEAR_BY, moment - (wide(top) - other_top) * total, moment)
     # Divided by the exponential's own value at the maximum, which cancels its rounding.
-    unit, other_unit = (wide(x.exp().masked_fill_(shifted == 1, 1)) for x in (top, other_top))
+    unit, other_unit = (wide(x.exp().masked_fill_(how == SHIFTED, 1)) for x in (top, other_top))
     total, other_total, moment = total / unit, other_total / other_unit, moment / unit
     log_sum, other_log_sum = total.log(), other_total.log()
     loss = moment / total - log_sum + other_log_sum
@@ -241,16 +281,17 @@ def _jsd_sums(
     beta: float,
     scale: float,
     teacher_scale: float,
-    out: Tensor,  # [7, rows]: tops, sums, the two moments below, sum exp(a) a
+    out: tuple[Tensor, ...],  # [rows] each: tops, sums, the two moments below, sum exp(a) a
     scratch: list[Tensor],  # five blocks [rows, V]
     with_entropy: bool,
     careful: bool,
-) -> bool:
+) -> None:
     """sum exp(a), sum exp(b), and the moments sum exp(a) (a - n), sum exp(b) (b - n).
 
-    For centred logits a and b; n = log m + log sum exp(a). False if a moment is not finite.
+    For centred logits a and b; n = log m + log sum exp(a). Without care not finite where one is
+    infinite.
     """
-    top, other_top, total, other_total, moment, other_moment, entropy = out.unbind()
+    top, other_top, total, other_total, moment, other_moment, entropy = out
     a, b = scaled(x, scale, scratch[0]), scaled(y, teacher_scale, scratch[1])
     torch.amax(a, -1, out=top)
     torch.amax(b, -1, out=other_top)
@@ -264,7 +305,6 @@ def _jsd_sums(
     n = _log_mixture(e, other_e, (total / other_total)[:, None], beta, scratch[4], careful)
     torch.sum(a.sub_(n).mul_(e), -1, out=moment)
     torch.sum(b.sub_(n).mul_(other_e), -1, out=other_moment)
-    return careful or _finite(moment, other_moment)
 
 
 def _jsd_statistics(sums: Tensor, beta: float) -> Tensor:
