@@ -1,0 +1,149 @@
+"""`drift-gate bench`, its suites, the search over tiles, and the script for a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drift_gate.bench import command, floors, record, sweep
+from support.suites import load_suite
+from typer.testing import CliRunner
+
+from drift_gate import cli
+from drift_gate.backends import has_triton
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_suite_has_the_baseline_first_and_no_name_twice():
+    assert len(command.suite_names()) == 12
+    for name in command.suite_names():
+        suite = load_suite(name)
+        names = [i.name for i in suite.implementations]
+        assert suite.name == name and names[0] == "eager" and "drift_gate" in names
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.slow
+def test_the_command_and_its_results(tmp_path):
+    """Row functions alone: a suite without logits. Nothing is compiled."""
+    out = tmp_path / "out.json"
+    options = ["--grid", "dry", "--rounds", "2", "--device", "cpu", "--out", str(out), "--no-plots"]
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    command_line = [sys.executable, "-m", "drift_gate", "bench", "rows", *options]
+    done = subprocess.run(command_line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "drift_gate" in done.stdout
+    found = {r.implementation: r for r in record.read(out)}
+    assert set(found) == {"eager", "torch.compile of eager", "drift_gate"}
+    ours = found["drift_gate"]
+    assert len(ours.seconds) == 2 and ours.errors["grad"]["max"] < 1e-7
+    assert ours.bytes_must_move == floors.rows(ours.size).bytes
+
+
+@pytest.mark.slow
+def test_a_suite_without_a_size_in_the_grid_has_nothing_to_run():
+    """No row of the README is about the suite rows."""
+    files = [str(command.SUITES / f"test_{name}.py") for name in ("rows", "full_loss")]
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "--bench-grid", "targets"]
+    command_line = [sys.executable, "-m", "pytest", *options, "--bench-device", "cpu", *files]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_full_loss[jsd, 1024 x 151936, bfloat16, peaked: drift_gate]" in done.stdout
+    assert "test_rows" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_run_that_is_ended_keeps_what_it_has(tmp_path):
+    """SIGTERM, as a time limit sends; Ctrl-C takes the same way."""
+    out = tmp_path / "out.json"
+    options = ["--rounds", "100000", "--device", "cpu", "--out", str(out), "--budget", "300"]
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    command_line = [sys.executable, "-m", "drift_gate", "bench", "rows", *options]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command_line, cwd=ROOT, env=environment, **pipe) as running:
+        try:
+            end = time.monotonic() + 120
+            while time.monotonic() < end and not (
+                out.exists() and '"ratio_quartiles": [' in out.read_text()
+            ):
+                time.sleep(0.2)
+            running.terminate()
+            said, _ = running.communicate(timeout=120)
+        finally:
+            running.kill()
+    assert running.returncode == 1 and "interrupted" in said, said
+    found = {r.implementation: r for r in record.read(out)}
+    assert found["drift_gate"].seconds and found["drift_gate"].ratio_quartiles
+    assert list(tmp_path.glob("out_rows_time.png"))
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["nonsense"], "no suite nonsense"),
+        (["--grid", "huge"], "--grid"),
+        (["--compare", "a", "b"], "a"),
+    ],
+)
+def test_a_bad_option_of_bench_is_refused(arguments, named):
+    done = CliRunner().invoke(cli.app, ["bench", *arguments])
+    assert done.exit_code == 2 and named in done.output
+
+
+def test_a_configuration_is_set_and_put_back():
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **options: (grid, arguments, options)
+
+    kernel = Kernel()
+    module = types.SimpleNamespace(TILE=1024, _kernel=kernel)
+    settings = {"TILE": 64, "num_warps": 2}
+    with sweep.configured(module, ("_kernel",), settings):
+        assert module.TILE == 64
+        launched = module._kernel[(3,)]("x", num_warps=8, K=1)
+        assert launched == ((3,), ("x",), {"num_warps": 2, "K": 1})
+    assert module.TILE == 1024 and module._kernel is kernel
+    with pytest.raises(AttributeError), sweep.configured(module, (), {"NO_SUCH_TILE": 1}):
+        pass
+
+
+def test_a_search_follows_the_best_of_each_axis():
+    seen = []
+
+    def cost(settings: dict[str, int]) -> float:
+        seen.append(tuple(settings.values()))
+        return abs(settings["a"] - 3) + abs(settings["b"] - 20)
+
+    sweep.search({"a": (1, 2, 3), "b": (10, 20)}, cost, end=float("inf"))
+    assert seen[:4] == [(1, 10), (2, 10), (3, 10), (3, 20)]
+    assert len(seen) == len(set(seen)) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="a bash script")
+def test_the_gpu_script(tmp_path):
+    """Its syntax; and two stages, dry: every pass once, and the profile of one."""
+    script = ROOT / "bench" / "gpu.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    environment = os.environ | {"DRY": "1", "STAGES": "sanitizer profile", "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert torch.__version__ in (tmp_path / "machine.txt").read_text()
+    if has_triton():
+        stages = (tmp_path / "stages.txt").read_text()
+        assert "small_shapes: done" in stages and "profile: done" in stages
+        passes = json.loads((tmp_path / "small_shapes.json").read_text())["results"]
+        assert len({r["pass"] for r in passes if r["seconds"] > 0}) == 8
+        assert "scan" in (tmp_path / "profile.txt").read_text()
