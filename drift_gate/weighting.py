@@ -11,7 +11,7 @@ from .arguments import check_floating, check_like, flat, flat_mask, flat_span_id
 from .backends import resolve
 from .context_parallel import context_of
 from .gate import DriftGate
-from .gating import Gating, gated
+from .gating import Gated, Gating, gated
 from .outputs import GateOutput, Metrics
 from .scope import Scope, Totals, log_mean_gate, scaled, scales
 from .torch_rows import wide
@@ -57,9 +57,10 @@ def gate_weights(
             ranks.context,
         )  # fmt: skip
         ranks.tell(log_probs.shape, gate=gate)
-    output, call = _weigh(rows_)
+    output, found = _weigh(rows_)
     if not ranks.group:
         return output
+    call = _totals(rows_, found, output.weights)
     scale = scales(Scope(ranks.group), call, False).gate.to(output.weights.dtype)
     return output._replace(weights=output.weights * scale, metrics=scaled(output.metrics, scale))
 
@@ -73,7 +74,9 @@ def gate_and_totals(
     if unknown:
         raise TypeError(f"micro_batches must hold arguments of gate_weights; got {sorted(unknown)}")
     mask, borders, spans = (options.get(name) for name in names)
-    return _weigh(_check(log_probs, old_log_probs, gate, mask, borders, spans, None, ""))
+    rows_ = _check(log_probs, old_log_probs, gate, mask, borders, spans, None, "")
+    output, found = _weigh(rows_)
+    return output, _totals(rows_, found, output.weights)
 
 
 class _Rows(NamedTuple):
@@ -113,8 +116,8 @@ def _check(
     return _Rows(gating, new, old, valid)
 
 
-def _weigh(checked: _Rows) -> tuple[GateOutput, Totals]:
-    """Weights of unit mean over the call, and its totals."""
+def _weigh(checked: _Rows) -> tuple[GateOutput, Gated]:
+    """Weights of unit mean over the call."""
     gating, new, old, valid = checked
     layout, gate = gating.layout, gating.gate
     assert gate is not None
@@ -132,11 +135,17 @@ def _weigh(checked: _Rows) -> tuple[GateOutput, Totals]:
     output = GateOutput(
         w.view(shape), found.drift.view(shape), numbers.view(shape), named(metrics, 6)
     )
-    tokens = wide(valid.sum().to(w.dtype))
+    return output, found
+
+
+def _totals(checked: _Rows, found: Gated, weights: Tensor) -> Totals:
+    """What takes weights of unit mean over the call to unit mean over more."""
+    tokens = wide(checked.valid.sum().to(weights.dtype))
     log_gate = torch.zeros_like(tokens)
     if found.normalize == "batch":
-        log_gate = log_mean_gate(found.blocks[1], w, valid, found.tau)
-    return output, Totals(log_gate, tokens, tokens)
+        assert found.blocks is not None
+        log_gate = log_mean_gate(found.blocks[1], flat(weights), checked.valid, found.tau)
+    return Totals(log_gate, tokens, tokens)
 
 
 def check_gate(gate: DriftGate) -> DriftGate:
