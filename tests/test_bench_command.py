@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from drift_gate.bench import command, floors, record, sweep
+from drift_gate.bench import command, floors, profile_loss, record, sweep
 from support.suites import load_suite
 from typer.testing import CliRunner
 
@@ -85,6 +85,15 @@ def test_a_run_that_is_ended_keeps_what_it_has(tmp_path):
     found = {r.implementation: r for r in record.read(out)}
     assert found["drift_gate"].seconds and found["drift_gate"].ratio_quartiles
     assert list(tmp_path.glob("out_rows_time.png"))
+
+
+def test_a_profile_by_operation_adds_up():
+    case, events = profile_loss.profiled(load_suite("topk_loss"), "LSM", rows=4)
+    assert (case.rows, case.vocab) == (4, 151_936)
+    *lines, total = profile_loss.table(events)
+    shares = [float(line.split("%")[0]) for line in lines]
+    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=1)
+    assert any("aten::exp" in line for line in lines) and total.startswith("100.0%")
 
 
 @pytest.mark.parametrize(
