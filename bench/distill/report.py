@@ -99,20 +99,21 @@ def _finished(work: Work, key: str) -> Result:
 def tables(summary: dict[str, Any], settings: Any) -> list[Table]:
     """For the terminal, in 80 columns; nothing in them depends on the clock."""
     seeds = f"{settings.seeds} seeds" if settings.seeds > 1 else f"seed {settings.seed}"
+    several = len({row["epochs"] for row in summary["rows"][len(BASE) :]}) > 1
     compared = _table(
         f"mean pass@{PASS_AT} from {settings.evaluation_samples} responses to a held-out problem; "
         f"{settings.steps} steps, {seeds}",
         "95%: interval over problems and seeds. gap: share of the way from student to teacher. "
-        "gain: over the same loss without a gate, paired.",
+        "gain: over the same loss without a gate, paired."
+        + (" xN: every batch used for N epochs." if several else ""),
         f"pass@{PASS_AT}", "95%", "gap", "gain", "95%",
     )  # fmt: skip
     detailed = _table(
         f"pass@{PASS_AT} by benchmark",
-        "accuracy: mean over all responses. drift: mean |old - new| log-prob in the last epoch, "
+        "right: share of all responses. drift: mean |old - new| log-prob in the last epoch, "
         "nats. even: effective share of positions under the gate's weights.",
-        *summary["benchmarks"], "accuracy", "drift", "even",
+        *summary["benchmarks"], "right", "drift", "even",
     )  # fmt: skip
-    several = len({row["epochs"] for row in summary["rows"][len(BASE) :]}) > 1
     for row in summary["rows"]:
         last = row["name"] == BASE[-1]
         compared.add_row(label(row, several), *_comparison(row), end_section=last)
@@ -135,7 +136,7 @@ def label(row: dict[str, Any], several: bool) -> str:
     """Name of a row, with its reuse epochs where runs differ in them."""
     if not several or row["epochs"] is None:
         return row["name"]
-    return f"{row['name']}, {row['epochs']} epoch{'s' if row['epochs'] > 1 else ''}"
+    return f"{row['name']} x{row['epochs']}"
 
 
 def _comparison(row: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ PASS_AT = 8  # k of pass@k
 class Settings:
     """Everything that decides a run's figures; stored beside them, and read again to resume."""
 
-    steps: int = 24
+    steps: int = 32
     seeds: int = 1  # 0, 1, ... from `seed` on
     seed: int = 0
     epochs: tuple[int, ...] = (2,)
