@@ -49,6 +49,11 @@ def _growth(suite: str, results: list[Result]) -> Growth:
     return Growth(suite, results[0].size._replace(rows=rows[0]), rows, lines)
 
 
+def _shown(x: float) -> str:
+    """Three digits, and whole thousands."""
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+
+
 def token_time(result: Result) -> float:
     """Microseconds."""
     return 1e6 * result.median / result.size.rows
@@ -65,7 +70,10 @@ def cells(growth: Growth) -> Iterator[tuple[str, list[str]]]:
         each = [line.get(n) for n in growth.rows]
         yield (
             name,
-            ["-" if r is None else f"{token_time(r):.3g}, {beyond_gradients(r):.3g}" for r in each],
+            [
+                "-" if r is None else f"{_shown(token_time(r))}, {_shown(beyond_gradients(r))}"
+                for r in each
+            ],
         )
 
 

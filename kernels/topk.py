@@ -98,14 +98,13 @@ def _topk_rows(
     if SUPPORT == "renormalized":
         log_p = _log_softmax(log_p, here)
         log_q = _log_softmax(log_q, here)
-    # Absent words have p = q = 0; their logarithms are set to 0 to stay out of 0 * inf.
+    # Absent words have p = q = 0, and so no value and no g; their logarithms are set to 0 to stay
+    # out of 0 * inf.
     p = tl.where(here, tl.exp(log_p), 0.0)
     q = tl.where(here, tl.exp(log_q), 0.0)
     log_p = tl.where(here, log_p, 0.0)
     log_q = tl.where(here, log_q, 0.0)
     value, g = _terms(log_p, log_q, p, q, BETA, DIRECTION)
-    value = tl.where(here, value, 0.0)
-    g = tl.where(here, g, 0.0)
     loss = tl.sum(value, 1)
     overlap = tl.sum(_smaller(p, q), 1)
     if SUPPORT == "renormalized":

@@ -28,6 +28,16 @@ def test_directions_and_supports(kernels_on_cpu, direction, support, monkeypatch
     assert_same_budget(topk_loss, problem, "triton", device=kernels_on_cpu, **options)
 
 
+@pytest.mark.parametrize("direction", ["reverse", "forward", "jsd"])
+def test_a_tail_without_mass_is_held_at_its_floor(kernels_on_cpu, direction):
+    """The student's listed word has all of its mass, the teacher's two thirds."""
+    problem = draw_topk(1, 6, 40, k=1, teacher_share=0.66)
+    problem.logits -= 200
+    problem.logits.scatter_add_(2, problem.ids, torch.full(problem.ids.shape, 200.0))
+    options = {"direction": direction, "support": "tail"}
+    assert_same_budget(topk_loss, problem, "triton", device=kernels_on_cpu, **options)
+
+
 def test_infinities_and_nan(kernels_on_cpu):
     """A listed word without mass costs nothing backwards and everything forwards; NaN stays."""
     for direction in ("reverse", "forward", "jsd"):

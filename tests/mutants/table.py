@@ -173,7 +173,7 @@ KERNELS = [
     _kernel("slope through the clip", "sampled_token", "slope = tl.where(clipped, 0.0, slope)", "", "tests/test_kernels_opd.py -k test_estimators"),
     _kernel("slope not weighed", "sampled_token", "slope = tl.where(live, weight * slope, 0.0)", "slope = tl.where(live, slope, 0.0)", "tests/test_kernels_opd.py -k test_estimators"),
     _kernel("NaN metrics dropped", "sampled_token", "lowest = tl.where(total == total, tl.min(weight_min, 0), total)", "lowest = tl.min(weight_min, 0)", K_ROWS),
-    _kernel("absent words counted", "topk", "g = tl.where(here, g, 0.0)", "", K_TOPK),
+    _kernel("absent words counted", "topk", "tl.where(here, tl.exp(log_p), 0.0)", "tl.where(here, tl.exp(log_p), 1.0)", K_TOPK),
     _kernel("the tail's floor", "topk", "tl.where(rest < EPS, EPS, rest)", "rest", K_TOPK + " tests/test_limits.py"),
     _kernel("beta swapped", "topk", "tl.log(BETA * q + (1.0 - BETA) * p)", "tl.log(BETA * p + (1.0 - BETA) * q)", K_TOPK + " -k 'not raw'"),
     _kernel("cross moment not moved", "divergence", "cross = (cross + total * moved) * carry", "cross = cross * carry", K_FULL),
