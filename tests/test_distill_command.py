@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("math_verify")
 
-from drift_gate.bench.distill import command, files, jobs, models, settings, training
+from drift_gate.bench.distill import command, files, jobs, models, settings, study, training
 from typer.testing import CliRunner
 
 from drift_gate import cli
@@ -79,6 +79,22 @@ def test_a_run_ends_with_a_table_a_report_and_a_picture(finished: tuple[Path, st
     assert "…" not in printed and max(map(len, printed.splitlines())) <= 80
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert not list(out.rglob("*.pt")) and not list(out.rglob(".*"))
+
+
+def test_a_study_shows_every_variant_and_its_gain(finished: tuple[Path, str]) -> None:
+    found = study.collect(command.resume(finished[0]))
+    lines = study.section(found)
+    assert [run["variant"] for run in found["runs"]] == [row["name"] for row in found["rows"][2:]]
+    gated = [line for line in lines if line.startswith("|") and " + " in line.split("|")[1]]
+    assert len(gated) == 4 and all(" to " in line.split("|")[4] for line in gated)
+    assert "Of 4 gains" in lines[-1]
+
+
+def test_the_readme_shows_the_committed_study() -> None:
+    shown = (study.ROOT / "README.md").read_text().split(study.BEGIN)[1].split(study.END)[0]
+    committed = json.loads(study.RESULTS.read_text())
+    assert shown.strip() == "\n".join(study.section(committed))
+    assert {row["seeds"] for row in committed["rows"][2:]} == {5}
 
 
 def test_two_workers_make_the_table_of_one(

@@ -63,6 +63,7 @@ def section(found: dict[str, Any] | None) -> list[str]:
     seeds = max(row["seeds"] for row in rows)
     gains = [row["gain"][METRICS[0]]["interval"] for row in rows if "gain" in row]
     up, down = sum(low > 0 for low, _ in gains), sum(high < 0 for _, high in gains)
+    even = [row["movement"]["effective_share"][-1] for row in rows if "gain" in row]
     problems = sum(found["benchmarks"].values())
     lines = [
         f"{seeds} seed{'s' if seeds > 1 else ''}, {chosen['steps']} rollout batches of "
@@ -77,7 +78,9 @@ def section(found: dict[str, Any] | None) -> list[str]:
         "|---|---|---|---|---|---|---|",
         *(_line(row) for row in rows),
         "",
-        f"Of {len(gains)} gains, {up} lie above 0 by their interval, and {down} below.",
+        f"Of {len(gains)} gains, {up} lie above 0 by their interval, and {down} below. The "
+        f"effective share of positions under the gates' weights was {min(even):.1%} to "
+        f"{max(even):.1%}; at 100% a gate weighs all alike.",
     ]
     return lines
 
