@@ -308,7 +308,11 @@ def _jsd_sums(
 
 
 def _jsd_statistics(sums: Tensor, beta: float) -> Tensor:
-    """Generalised JSD and the rest from `_jsd_sums`; the centre is KL(p || m)."""
+    """Generalised JSD and the rest from `_jsd_sums`; the centre is KL(p || m).
+
+    The gradient's centre leaves out how far the mixture is from summing to 1, as do the terms that
+    it is taken from: where one word has all the mass they cancel to the last bit.
+    """
     top, other_top, *others = sums.unbind()
     ratio = wide(others[0] / others[1])
     total, other_total, moment, other_moment, entropy = map(wide, others)
@@ -316,9 +320,10 @@ def _jsd_statistics(sums: Tensor, beta: float) -> Tensor:
     # Of the mixture with its rounded ratio: the loss has its minimum there, and hardly feels the
     # rounding, if only the mixture sums to 1.
     log_mixed = torch.lerp(total, ratio * other_total, beta).log()
-    centre = moment / total - log_sum + log_mixed
+    centre = moment / total
+    divergence = centre - log_sum + log_mixed
     other = other_moment / other_total - other_log_sum + log_mixed
-    loss = (1 - beta) * centre + beta * other
+    loss = (1 - beta) * divergence + beta * other
     rows = loss, centre, top, log_sum, other_top, other_log_sum, log_sum - entropy / total
     return torch.stack([x.to(sums.dtype) for x in rows])
 

@@ -195,3 +195,14 @@ def test_vocab_size(direction):
             torch.testing.assert_close(got.loss, expected.loss)
             torch.testing.assert_close(grad[..., :45], expected_grad)
             assert (grad[..., 45:] == 0).all()
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jsd_of_a_certain_student_has_no_gradient(beta: float) -> None:
+    """Found by fuzzing: the terms of a word with all the mass did not cancel to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.zeros(64, 128).index_fill_(1, torch.tensor([5]), 200.0).requires_grad_()
+    teacher = 5 * torch.randn(64, 128, generator=generator)
+    result = full_loss(logits, None, None, teacher, direction="jsd", beta=beta, gate=None)
+    (grad,) = torch.autograd.grad(result.loss, logits)
+    assert result.loss > 0 and not grad.any()

@@ -112,7 +112,7 @@ PYTHON = [
     Mutant("the tail's slope dropped", TORCH_TOPK, "torch.where(rest < eps, 0, g_tail / p_tail)", "torch.where(rest < eps, 0, 0 * p_tail)", TOPK),
     Mutant("missing entries present", "drift_gate/topk_rows.py", "(ids != MISSING) & (teacher != -torch.inf)", "(ids != MISSING)", TOPK),
     Mutant("reverse is forward", DIVERGENCE, '_kl_statistics(statistics, direction == "reverse")', '_kl_statistics(statistics, direction == "forward")', FULL),
-    Mutant("jsd's weights swapped", DIVERGENCE, "loss = (1 - beta) * centre + beta *", "loss = beta * centre + (1 - beta) *", FULL),
+    Mutant("jsd's weights swapped", DIVERGENCE, "loss = (1 - beta) * divergence + beta *", "loss = beta * divergence + (1 - beta) *", FULL),
     Mutant("jsd's gradient not weighed", DIVERGENCE, ".mul_(upstream).mul_(1 - beta)", ".mul_(upstream)", FULL),
     Mutant("the centre forgotten", DIVERGENCE, "a.sub_(n).sub_(centre)", "a.sub_(n)", FULL),
     Mutant("maxima not shifted in reverse", DIVERGENCE, "(teacher_top.abs() <= SAFE_MAXIMUM) | ~active", "(teacher_top.abs() <= 1e9) | ~active", FULL),
