@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import importlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -70,6 +71,11 @@ class Suite(NamedTuple):
             own = (BASELINE, COMPILED)
             return [i for i in self.implementations if i.name in own or i.name.startswith(OURS)]
         return list(self.implementations)
+
+
+def load_suite(name: str) -> Suite:
+    """The suite of suites/test_NAME.py."""
+    return importlib.import_module(f"{__package__}.suites.test_{name}").SUITE
 
 
 def _for_targets(implementation: Implementation, on_gpu: bool) -> bool:

@@ -7,7 +7,6 @@ prints what share of the time each operation takes; `--out FOLDER` keeps it besi
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from . import targets
 from .calls import Leaves
-from .harness import Suite
+from .harness import Suite, load_suite
 from .measure import environment
 from .names import OURS
 
@@ -63,8 +62,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="instead of those of the README's row")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
-    suite = importlib.import_module(f"drift_gate.bench.suites.test_{chosen.suite}").SUITE
-    case, events = profiled(suite, chosen.work, chosen.rows)
+    case, events = profiled(load_suite(chosen.suite), chosen.work, chosen.rows)
     machine = environment(CPU)
     head = f"{chosen.suite}, {chosen.work}, {case}, one thread; "
     head += ", ".join(str(machine[key]) for key in ("device", "torch", "date", "commit"))

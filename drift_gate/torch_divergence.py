@@ -34,6 +34,7 @@ from .row_chunks import (
     scaled,
     sequences,
     spread,
+    within,
 )
 from .threads import share
 from .torch_passes import gather
@@ -77,8 +78,7 @@ def divergence(
             pieces.append((own, other))
             counts.append(n)
     outs = zip(*(torch.split(row, counts) for row in statistics.unbind()), strict=True)
-    tops = torch.split(statistics[:2], counts, 1)
-    tasks = [_Sums(*each, top, out) for each, top, out in zip(pieces, tops, outs, strict=True)]
+    tasks = [_Sums(*each, out) for each, out in zip(pieces, outs, strict=True)]
     careful = with_entropy or not logits.is_cpu
 
     def work(task: _Sums, worker: int) -> None:
@@ -89,17 +89,15 @@ def divergence(
             return
         reverse = direction == "reverse"
         models = (x, y, scale, teacher_scale) if reverse else (y, x, teacher_scale, scale)
-        if careful:
-            _kl_sums(*models, out, blocks, (1 - reverse) if with_entropy else None)
-        else:
-            _plain_kl_sums(*models, task.tops, out, blocks)
+        _kl_sums(*models, out, blocks, (1 - reverse) if with_entropy else None, careful)
 
     share(tasks, work, len(scratch))
     if not careful:
         careful = True
-        fine = torch.split(_fine(statistics, direction == "jsd"), counts)
-        again = [task for task, rows in zip(tasks, fine, strict=True) if not bool(rows.all())]
-        share(again, work, len(scratch))
+        fine = _fine(statistics, direction == "jsd")
+        if not bool(fine.all()):
+            parts = zip(tasks, torch.split(fine, counts), strict=True)
+            share([task for task, rows in parts if not rows.all()], work, len(scratch))
     if direction == "jsd":
         rows = _jsd_statistics(statistics, beta)
     else:
@@ -117,7 +115,6 @@ class _Sums(NamedTuple):
 
     logits: Piece  # [rows, V]
     teacher: Piece
-    tops: Tensor  # [2, rows], the first two of
     out: tuple[Tensor, ...]  # seven [rows]: see the sums below
 
 
@@ -127,7 +124,7 @@ class _Slopes(NamedTuple):
     out: Piece  # [rows, V]
     logits: Piece | None = None  # may be out
     teacher: Piece | None = None
-    coefficients: tuple[Tensor | None, ...] = ()  # [rows, 1] each, of the direction's function
+    coefficients: tuple[Any, ...] = ()  # [rows, 1] or None each, of the direction's function
 
 
 @torch.no_grad()
@@ -167,7 +164,7 @@ def divergence_grad(
             return
         x, y = task.logits.read(), task.teacher.read()
         blocks = cut(scratch[worker], len(x))
-        columns: Any = task.coefficients
+        columns = task.coefficients
 
         def slopes(careful: bool) -> Tensor:
             a, b = scaled(x, scale, blocks[0]), scaled(y, teacher_scale, blocks[1])
@@ -200,34 +197,6 @@ def _fine(sums: Tensor, jsd: bool) -> Tensor:
     return fine if jsd else fine | (sums[6] == SHIFTED)
 
 
-def _plain_kl_sums(
-    u: Tensor,
-    v: Tensor,
-    u_scale: float,
-    v_scale: float,
-    tops: Tensor,  # [2, rows], the first two of
-    out: tuple[Tensor, ...],
-    scratch: list[Tensor],
-) -> None:
-    """`_kl_sums` with exponentials not shifted, where that is safe; see `_fine` for infinities."""
-    top, other_top, total, other_total, moment, _, how = out
-    a, b = scaled(u, u_scale, scratch[0]), scaled(v, v_scale, scratch[1])
-    torch.amax(a, -1, out=top)
-    torch.amax(b, -1, out=other_top)
-    own, other = tops.tolist()
-    if not all(-SAFE_MAXIMUM <= x <= SAFE_MAXIMUM for x in (*own, *other)):
-        _kl_sums(u, v, u_scale, v_scale, out, scratch, None)
-        return
-    torch.sum(torch.exp(b, out=scratch[2]), -1, out=other_total)
-    difference = torch.sub(a, b, out=scratch[1])
-    if not all(abs(x - y) <= NEAR for x, y in zip(own, other, strict=True)):
-        how.fill_(FAR)
-        difference.sub_((top - other_top)[:, None])
-    e = torch.exp(a, out=scratch[0])
-    torch.sum(e, -1, out=total)
-    torch.sum(difference.mul_(e), -1, out=moment)
-
-
 def _kl_sums(
     u: Tensor,  # [rows, V], of the model whose masses weigh the sum
     v: Tensor,  # [rows, V], of the other
@@ -237,12 +206,39 @@ def _kl_sums(
     #                           centred u or v, how the sums were taken
     scratch: list[Tensor],  # three blocks [rows, V]
     entropy_of: int | None,  # 0: of u, 1: of v
+    careful: bool,
 ) -> None:
-    """sum exp(u), sum exp(v), and the moment sum exp(u) ((u - top) - (v - top))."""
-    top, other_top, total, other_total, moment, entropy, how = out
+    """sum exp(u), sum exp(v), and the moment sum exp(u) ((u - top) - (v - top)).
+
+    Without care exponentials are not shifted, where that is safe; see `_fine` for infinities.
+    """
+    top, other_top = out[:2]
     a, b = scaled(u, u_scale, scratch[0]), scaled(v, v_scale, scratch[1])
     torch.amax(a, -1, out=top)
     torch.amax(b, -1, out=other_top)
+    if careful or not within(SAFE_MAXIMUM, top, other_top):
+        _shifted_kl_sums(a, b, out, scratch, entropy_of)
+    else:
+        _plain_kl_sums(a, b, out, scratch)
+
+
+def _plain_kl_sums(a: Tensor, b: Tensor, out: tuple[Tensor, ...], scratch: list[Tensor]) -> None:
+    top, other_top, total, other_total, moment, _, how = out
+    torch.sum(torch.exp(b, out=scratch[2]), -1, out=other_total)
+    difference = torch.sub(a, b, out=scratch[1])
+    offset = top - other_top
+    if not within(NEAR, offset):
+        how.fill_(FAR)
+        difference.sub_(offset[:, None])
+    e = torch.exp(a, out=scratch[0])
+    torch.sum(e, -1, out=total)
+    torch.sum(difference.mul_(e), -1, out=moment)
+
+
+def _shifted_kl_sums(
+    a: Tensor, b: Tensor, out: tuple[Tensor, ...], scratch: list[Tensor], entropy_of: int | None
+) -> None:
+    top, other_top, total, other_total, moment, entropy, how = out
     how.fill_(SHIFTED)
     a, b = _centred(a, top, scratch[0]), _centred(b, other_top, scratch[1])
     if entropy_of is not None:
@@ -259,7 +255,7 @@ def _kl_sums(
 
 
 def _kl_statistics(sums: Tensor, reverse: bool) -> Tensor:
-    """KL(u || v) and the rest from `_kl_sums` and `_plain_kl_sums`."""
+    """KL(u || v) and the rest from `_kl_sums`."""
     top, other_top, total, other_total, moment, entropy, how = sums.unbind()
     total, other_total, moment = wide(total), wide(other_total), wide(moment)
     moment = torch.where(how == NEAR_BY, moment - (wide(top) - other_top) * total, moment)
@@ -308,10 +304,10 @@ def _jsd_sums(
 
 
 def _jsd_statistics(sums: Tensor, beta: float) -> Tensor:
-    """Generalised JSD and the rest from `_jsd_sums`; the centre is KL(p || m).
+    """Generalised JSD and the rest from `_jsd_sums`.
 
-    The gradient's centre leaves out how far the mixture is from summing to 1, as do the terms that
-    it is taken from: where one word has all the mass they cancel to the last bit.
+    The centre is KL(p || m) without the correction for how far the mixture is from summing to 1,
+    which the terms that it is taken from lack, too: where one word has all the mass they cancel.
     """
     top, other_top, *others = sums.unbind()
     ratio = wide(others[0] / others[1])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from drift_gate.bench import cases, floors, inputs, targets
 from drift_gate.bench.cases import Case
+from drift_gate.bench.harness import load_suite
 from drift_gate.bench.peers import guard, plain
 from drift_gate.bench.truth import sampled_or_listed
-from support.suites import load_suite
 
 import drift_gate
 from drift_gate.backends import has_triton

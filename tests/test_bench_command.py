@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from drift_gate.bench import command, floors, profile_loss, record, sweep
-from support.suites import load_suite
+from drift_gate.bench.harness import load_suite
 from typer.testing import CliRunner
 
 from drift_gate import cli

@@ -73,8 +73,8 @@ def test_a_run_ends_with_a_table_a_report_and_a_picture(finished: tuple[Path, st
         low, high = row["figures"]["pass@8"]["interval"]
         assert 0 <= low <= row["figures"]["pass@8"]["mean"] <= high <= 1
         assert row["name"] in printed
-        for figure in (row["figures"]["pass@8"], *row["figures"]["pass@8"]["benchmarks"].values()):
-            value = figure["mean"] if isinstance(figure, dict) else figure
+        passed = row["figures"]["pass@8"]
+        for value in (passed["mean"], *passed["benchmarks"].values()):
             assert f"{value:.3f}" in printed
     assert "…" not in printed and max(map(len, printed.splitlines())) <= 80
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")

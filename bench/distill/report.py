@@ -142,14 +142,15 @@ def label(row: dict[str, Any], several: bool) -> str:
 def _comparison(row: dict[str, Any]) -> list[str]:
     passed, gain = row["figures"][METRICS[0]], row.get("gain")
     gap = row.get("gap_closed")
-    found = [f"{passed['mean']:.3f}", _interval(passed, ".3f")]
+    found = [f"{passed['mean']:.3f}", interval(passed, ".3f")]
     found.append("" if gap is None else f"{gap:.0%}")
     if gain:
-        found += [f"{gain[METRICS[0]]['mean']:+.3f}", _interval(gain[METRICS[0]], "+.3f")]
+        found += [f"{gain[METRICS[0]]['mean']:+.3f}", interval(gain[METRICS[0]], "+.3f")]
     return found
 
 
-def _interval(figure: dict[str, Any], form: str) -> str:
+def interval(figure: dict[str, Any], form: str) -> str:
+    """Both ends, as text."""
     low, high = figure["interval"]
     return f"{low:{form}} to {high:{form}}"
 

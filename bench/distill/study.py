@@ -103,8 +103,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _interval(figure: dict[str, Any], form: str) -> str:
-    low, high = figure["interval"]
-    return f"{figure['mean']:{form}} ({low:{form}} to {high:{form}})"
+    return f"{figure['mean']:{form}} ({report.interval(figure, form)})"
 
 
 def write_readme(path: Path, results: Path) -> None:
