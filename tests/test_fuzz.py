@@ -174,6 +174,14 @@ FOUND = {
         "teacher width": 9,
         "teacher softcap": 2.0,
     },
+    "a gate that roundings make 0 hides the loss's own": {
+        "function": "linear_full_loss",
+        "batch": "packed",
+        "sequences": 3,
+        "length 1": 3,
+        "length 2": 5,
+        "drift": "1e30",
+    },
     "the sum of many words beside one that is certain, float64": {
         "function": "opd_loss",
         "vocab": 4095,

@@ -8,7 +8,8 @@ problems too, whose truth is rounded itself.
 
 D. Stott Parker, "Monte Carlo Arithmetic" (1997), with errors that an accurate algorithm of the
 operation may have, in place of those of its rounded result: a sum errs by its largest partial sum,
-and a softmax by the roundings inside.
+and a softmax by the roundings inside. An operation may also be exact, and then show the error of
+another: a gate that a rounding makes 0 hides those of the loss that it weighs.
 """
 
 import math
@@ -24,11 +25,14 @@ aten = torch.ops.aten
 
 
 class Roundings(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it, operations of PyTorch err at random, by roundings of `dtype`; backward too."""
+    """Within it, operations of PyTorch err at random, by roundings of `dtype`; backward too.
 
-    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+    share: how many of them err, the others are exact.
+    """
+
+    def __init__(self, dtype: torch.dtype, seed: int, share: float = 1.0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.info = torch.finfo(dtype)
+        self.info, self.share = torch.finfo(dtype), share
         self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(
@@ -36,7 +40,9 @@ class Roundings(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         out = operation(*arguments, **(options or {}))
         size = SIZES.get(operation.overloadpacket)
-        if size is not None and isinstance(out, Tensor) and out.is_floating_point():
+        if size is None or not isinstance(out, Tensor) or not out.is_floating_point():
+            return out
+        if float(torch.rand((), generator=self.generator)) < self.share:
             for part in size(out, self.info, *arguments, **(options or {})):
                 self._move(out, part)
         return out

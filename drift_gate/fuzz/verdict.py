@@ -18,6 +18,7 @@ from .evaluate import LOSS_SCALE, Problem, Results, bits, run_backend, run_refer
 from .roundings import Roundings
 
 MOST_ROUNDED = 64  # runs with random roundings; one that explains the results ends them
+SHARES = 1.0, 0.5  # of the operations that round, in turns
 ROUNDED_FACTOR = 4.0  # how many times the largest effect of the roundings is allowed
 OF_HEADS = ("grad weight", "grad bias")  # sums over the rows
 LARGEST = 1e36  # where float32 may overflow on the way: such a row's gradient is not compared
@@ -94,7 +95,7 @@ def _rounded(problem: Problem) -> Iterator[Results]:
     """Truths, but for random roundings of what is computed, and of inputs to be made shorter."""
     dtype = _accumulation_dtype(problem)
     for seed in range(MOST_ROUNDED):
-        roundings = Roundings(dtype, seed)
+        roundings = Roundings(dtype, seed, SHARES[seed % 2])
 
         def shorten(name: str, x: Tensor, roundings: Roundings = roundings) -> Tensor:
             longer = problem.arguments[name].dtype.itemsize > dtype.itemsize
