@@ -69,11 +69,11 @@ wheel-check: .venv/.installed  ## build the wheel from the sdist, and import it 
 	  assert all(module.__file__.startswith(os.getcwd()) for module in (kernels, bench))"
 
 clean:  ## remove .venv and everything built
-	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info drift_gate/native/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # ttsem asks for Python 3.12, and runs on less.
-.venv/.installed: requirements-dev.txt pyproject.toml setup.py
+.venv/.installed: requirements-dev.txt pyproject.toml setup.py $(wildcard drift_gate/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
 	  || { echo 'drift_gate needs Python 3.10 to 3.13: make PYTHON=python3.12 ...' >&2; exit 1; }
 	$(PYTHON) -m venv .venv

@@ -74,11 +74,14 @@ def check(
 
 def _check(device: torch.device, backend: str, seed: int) -> bool:
     """Print one backend's table, and return whether everything is within budget."""
-    from . import checks
+    from . import checks, native
     from .bench.measure import device_name
 
+    compiled = ""
+    if backend == "torch" and device.type == "cpu":
+        compiled = f", functions in C: {native.instruction_set() or 'none'}"
     table = Table(
-        title=f'backend "{backend}" on {device_name(device)}, torch {torch.__version__}',
+        title=f'backend "{backend}" on {device_name(device)}, torch {torch.__version__}{compiled}',
         caption="error: share of what is allowed; extra: peak bytes beyond the inputs, gradient "
         "included; ratios: to the eager loss",
     )

@@ -1,4 +1,4 @@
-"""The passes over both vocabularies in chunks of plain PyTorch: see `torch_passes`.
+"""The passes over both vocabularies without Triton: see `torch_passes`.
 
 With a = log p of the student and b = log q of the teacher, row by row:
 
@@ -8,10 +8,10 @@ With a = log p of the student and b = log q of the teacher, row by row:
                + (1 - beta) sum p (a - log m)         h = (1 - beta) (a - log m)
              with m = beta q + (1 - beta) p
 
-A few rows at a time pass through scratch that stays in the cache; even "jsd" reads memory once. As
-in `torch_passes`, on the CPU exponentials are not shifted by the maximum where that is safe.
-There a chunk is also first taken to hold no infinity, and computed again with care where the result
-shows that it does.
+On a CPU functions in C go over the rows, see `native`. Where they cannot, a few rows at a time pass
+through scratch that stays in the cache; even "jsd" reads memory once. As in `torch_passes`, on the
+CPU exponentials are not shifted by the maximum where that is safe. There a chunk is also first
+taken to hold no infinity, and computed again with care where the result shows that it does.
 Bytes that must move, with e and f bytes an element of student and teacher: N V (e + f) in
 `divergence`, N V (2 e + f) in `divergence_grad`.
 """
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import native
 from .row_chunks import (
     SAFE_MAXIMUM,
     Piece,
@@ -68,18 +69,40 @@ def divergence(
     Raises ValueError for a label outside [0, U) in a valid row on the CPU; elsewhere it gives NaN.
     """
     student = logits.detach()[..., : teacher.shape[2]]
+    run = native.divergence if native.takes(student, teacher) else _divergence
+    options = scale, teacher_scale, direction, beta, with_entropy
+    rows = spread(run(student, teacher.detach(), valid, *options), valid)
+    loss, top, log_sum, *_ = rows
+    log_probs = torch.zeros_like(loss)
+    if labels is not None:
+        log_probs = gather(student, labels[:, None], valid, scale)[:, 0].sub_(top).sub_(log_sum)
+    entropy = rows[6] if with_entropy else loss.new_empty(0)
+    return loss, log_probs, torch.stack(rows[1:6]), entropy
+
+
+def _divergence(
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor,
+    scale: float,
+    teacher_scale: float,
+    direction: str,
+    beta: float,
+    with_entropy: bool,
+) -> Tensor:
+    """[7, valid rows]: loss, top and log_sum of student and teacher, centre, entropy."""
     size = _rows_at_once(student)
     scratch = new_scratch(student, BLOCKS[direction], size)
     statistics = student.new_zeros((7, int(valid.sum())), dtype=accumulator(student))
     pieces: list[tuple[Piece, Piece]] = []
     counts: list[int] = []
-    for (x, y), (mask,) in sequences((student, teacher.detach()), (valid,)):
+    for (x, y), (mask,) in sequences((student, teacher), (valid,)):
         for n, (own, other) in chunks(mask, size, x, y):
             pieces.append((own, other))
             counts.append(n)
     outs = zip(*(torch.split(row, counts) for row in statistics.unbind()), strict=True)
     tasks = [_Sums(*each, out) for each, out in zip(pieces, outs, strict=True)]
-    careful = with_entropy or not logits.is_cpu
+    careful = with_entropy or not student.is_cpu
 
     def work(task: _Sums, worker: int) -> None:
         x, y, out = task.logits.read(), task.teacher.read(), task.out
@@ -99,15 +122,8 @@ def divergence(
             parts = zip(tasks, torch.split(fine, counts), strict=True)
             share([task for task, rows in parts if not rows.all()], work, len(scratch))
     if direction == "jsd":
-        rows = _jsd_statistics(statistics, beta)
-    else:
-        rows = _kl_statistics(statistics, direction == "reverse")
-    loss, centre, top, log_sum, teacher_top, teacher_log_sum, entropy = spread(rows, valid)
-    log_probs = torch.zeros_like(loss)
-    if labels is not None:
-        log_probs = gather(student, labels[:, None], valid, scale)[:, 0].sub_(top).sub_(log_sum)
-    saved = torch.stack((top, log_sum, teacher_top, teacher_log_sum, centre))
-    return loss, log_probs, saved, entropy if with_entropy else entropy.new_empty(0)
+        return _jsd_statistics(statistics, beta)
+    return _kl_statistics(statistics, direction == "reverse")
 
 
 class _Sums(NamedTuple):
@@ -145,9 +161,30 @@ def divergence_grad(
     Rows that are not valid, or whose upstream is 0, become 0 and are not read.
     """
     vocab = teacher.shape[2]
-    tensors = logits.detach()[..., :vocab], teacher.detach(), out.detach()[..., :vocab]
+    student, gradient = logits.detach()[..., :vocab], out.detach()[..., :vocab]
     out.detach()[..., vocab:].zero_()
     active = valid & (upstream != 0)
+    run = native.divergence_grad if native.takes(student, teacher) else _divergence_grad
+    run(
+        student, teacher.detach(), statistics, active, upstream, scale, teacher_scale, direction,
+        beta, gradient,
+    )  # fmt: skip
+
+
+def _divergence_grad(
+    student: Tensor,
+    teacher: Tensor,
+    statistics: Tensor,
+    active: Tensor,
+    upstream: Tensor,
+    scale: float,
+    teacher_scale: float,
+    direction: str,
+    beta: float,
+    out: Tensor,
+) -> None:
+    """The gradient in active rows, 0 in the others."""
+    tensors = student, teacher, out
     size = _rows_at_once(tensors[0])
     scratch = new_scratch(tensors[0], 3, size)
     row_data = _coefficients(statistics, upstream * scale, active, direction, beta)
@@ -186,8 +223,8 @@ def _rows_at_once(student: Tensor) -> int:
     return max(1, rows_at_once(student) // 2)  # several blocks share the cache
 
 
-# Sums over rows, [7, rows] for a chunk, and the statistics that they give: loss, centre, top and
-# log_sum of the student and of the teacher, entropy.
+# Sums over rows, [7, rows] for a chunk, and the statistics that they give: loss, top and log_sum of
+# the student and of the teacher, centre, entropy.
 
 
 def _fine(sums: Tensor, jsd: bool) -> Tensor:
@@ -267,7 +304,7 @@ def _kl_statistics(sums: Tensor, reverse: bool) -> Tensor:
     own, other = (top, log_sum), (other_top, other_log_sum)
     student, teacher = (own, other) if reverse else (other, own)
     mean = wide(entropy) / (total if reverse else other_total)
-    rows = loss, loss, *student, *teacher, student[1] - mean
+    rows = loss, *student, *teacher, loss, student[1] - mean
     return torch.stack([x.to(sums.dtype) for x in rows])
 
 
@@ -320,7 +357,7 @@ def _jsd_statistics(sums: Tensor, beta: float) -> Tensor:
     divergence = centre - log_sum + log_mixed
     other = other_moment / other_total - other_log_sum + log_mixed
     loss = (1 - beta) * divergence + beta * other
-    rows = loss, centre, top, log_sum, other_top, other_log_sum, log_sum - entropy / total
+    rows = loss, top, log_sum, other_top, other_log_sum, centre, log_sum - entropy / total
     return torch.stack([x.to(sums.dtype) for x in rows])
 
 

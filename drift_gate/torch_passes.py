@@ -1,14 +1,15 @@
-"""The vocabulary passes in chunks of plain PyTorch: for CPUs, and for any device without Triton.
+"""The vocabulary passes without Triton: for CPUs, and in plain PyTorch for any device.
 
 With z = scale * logits, row by row:
 
     scan    one read             gathered = z[ids], maximum, log_sum = log sum exp(z - maximum)
     expand  one read, one write  out = scale * (alpha softmax(z) + sum_k beta_k onehot(ids_k))
 
-A few rows at a time pass through one block of scratch that stays in the cache. On the CPU, where
-the row maxima lie within +-60, exp(z) neither overflows nor loses digits, so the shift by the
-maximum moves from the [N, V] data into a factor for each row. Bytes that must move, with e bytes
-an element: N V e in `scan`, 2 N V e in `expand`.
+On a CPU functions in C go over the rows: see `native`. Where they cannot (float64, other devices,
+no compiler at installation) a few rows at a time pass through one block of scratch that stays in
+the cache. On the CPU, where the row maxima lie within +-60, exp(z) neither overflows nor loses
+digits, so the shift by the maximum moves from the [N, V] data into a factor for each row. Bytes
+that must move, with e bytes an element: N V e in `scan`, 2 N V e in `expand`.
 """
 
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import native
 from .row_chunks import (
     SAFE_MAXIMUM,
     Piece,
@@ -49,26 +51,8 @@ def scan(
 
     Raises ValueError for an id outside [0, V) in a valid row on the CPU; elsewhere it gives NaN.
     """
-    size = rows_at_once(logits)
-    scratch = new_scratch(logits, 1 + with_entropy, size)
-    count = len(ids) if valid is None else int(valid.sum())
-    statistics = logits.new_zeros((3, count), dtype=accumulator(logits))
-    tasks: list[tuple[Piece, Tensor]] = []
-    first = 0
-    for (x,), (mask,) in sequences((logits.detach(),), (valid,)):
-        for n, (piece,) in chunks(mask, size, x):
-            tasks.append((piece, statistics[:, first : first + n]))
-            first += n
-
-    def work(task: tuple[Piece, Tensor], worker: int) -> None:
-        piece, out = task
-        x = piece.read()
-        _row_statistics(x, scale, cut(scratch[worker], len(x)), out)
-
-    share(tasks, work, len(scratch))
-    maximum, total, entropy = spread(statistics, valid)
-    log_sum = total.clamp_(min=1).log_()  # the sum includes exp(0); rows left out hold 0
-    log_sum.masked_fill_(maximum == -torch.inf, -torch.inf)  # as logsumexp has it
+    run = native.scan if native.takes(logits) else _scan
+    maximum, log_sum, entropy = spread(run(logits.detach(), valid, scale, with_entropy), valid)
     gathered = gather(logits, ids, valid, scale)
     log_probs = (gathered - maximum[:, None]).sub_(log_sum[:, None])
     return gathered, log_probs, maximum, log_sum, entropy if with_entropy else entropy.new_empty(0)
@@ -108,12 +92,55 @@ def expand(
     [0, V) writes nothing; ids listed twice in a row receive both betas. A NaN alpha gives NaN.
     """
     active = alpha != 0 if valid is None else (alpha != 0) & valid
+    x, y = logits.detach(), out.detach()
+    run = native.expand if native.takes(x) else _expand
+    run(x, active, maximum, log_sum, alpha, scale, y)
+    _put_entries(out, ids, maximum, log_sum, gathered, valid, alpha, beta, scale)
+
+
+# The passes in ATen.
+
+
+def _scan(logits: Tensor, valid: Tensor | None, scale: float, with_entropy: bool) -> Tensor:
+    """[3, valid rows]: maximum, log_sum and entropy."""
+    size = rows_at_once(logits)
+    scratch = new_scratch(logits, 1 + with_entropy, size)
+    pieces: list[Piece] = []
+    counts: list[int] = []
+    for (x,), (mask,) in sequences((logits,), (valid,)):
+        for n, (piece,) in chunks(mask, size, x):
+            pieces.append(piece)
+            counts.append(n)
+    statistics = logits.new_zeros((3, sum(counts)), dtype=accumulator(logits))
+    outs = zip(*(torch.split(row, counts) for row in statistics.unbind()), strict=True)
+
+    def work(task: tuple[Piece, tuple[Tensor, ...]], worker: int) -> None:
+        piece, out = task
+        x = piece.read()
+        _row_statistics(x, scale, cut(scratch[worker], len(x)), out)
+
+    share(list(zip(pieces, outs, strict=True)), work, len(scratch))
+    maximum, total, _ = statistics
+    total.clamp_(min=1).log_()  # the sum includes exp(0)
+    total.masked_fill_(maximum == -torch.inf, -torch.inf)  # as logsumexp has it
+    return statistics
+
+
+def _expand(
+    logits: Tensor,
+    active: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    alpha: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """out = scale * alpha * softmax(z) in active rows, 0 in the others."""
     shift, factor = row_factors(maximum, log_sum, alpha, active, scale)
     size = rows_at_once(logits)
     scratch = new_scratch(logits, 1, size)
     tasks: list[_Expansion] = []
-    row_data = active, ~active, factor, shift
-    for (x, y), (on, off, f, m) in sequences((logits.detach(), out.detach()), row_data):
+    for (x, y), (on, off, f, m) in sequences((logits, out), (active, ~active, factor, shift)):
         tasks += [_Expansion(*pieces) for _, pieces in chunks(off, size, y)]
         tasks += [_Expansion(*pieces) for _, pieces in chunks(on, size, y, x, f, m)]
 
@@ -124,7 +151,6 @@ def expand(
             _write_softmax(task, scale, scratch[worker][0])
 
     share(tasks, work, len(scratch))
-    _put_entries(out, ids, maximum, log_sum, gathered, valid, alpha, beta, scale)
 
 
 # Arithmetic on a chunk, and on row data.
@@ -157,10 +183,10 @@ def _row_statistics(
     x: Tensor,  # [rows, V]
     scale: float,
     scratch: list[Tensor],  # one block [rows, V]; two to have the entropy
-    out: Tensor,  # [3, rows]
+    out: tuple[Tensor, ...],  # three [rows]
 ) -> None:
     """Maximum of z = scale * x, sum of exp(z - maximum), and entropy if asked for, into `out`."""
-    maximum, total, entropy = out.unbind()
+    maximum, total, entropy = out
     z = scaled(x, scale, scratch[0])
     torch.amax(z, -1, out=maximum)
     e = scratch[-1]

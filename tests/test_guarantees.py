@@ -42,4 +42,5 @@ def test_each_mutant_applies_and_compiles(mutant: Mutant) -> None:
     sound = (TESTS.parent / mutant.file).read_text()
     changed = plant(mutant, sound)
     assert changed != sound
-    compile(changed, mutant.file, "exec")
+    if mutant.file.endswith(".py"):
+        compile(changed, mutant.file, "exec")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,6 +21,12 @@ def run_python(code: str, cwd: Path) -> str:
 
 def test_one_top_level_package():
     assert metadata.distribution("drift-gate").read_text("top_level.txt") == "drift_gate\n"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_the_installation_has_built_the_functions_in_c():
+    code = "from drift_gate import native; print(native._library() is not None)"
+    assert run_python(code, ROOT) == "True\n"
 
 
 def test_kernels_beside_the_package_is_not_hugging_faces():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import row_chunks
+from .. import native, row_chunks
 from ..outputs import LossOutput
 from .choices import Choices, Pick
 from .functions import FUNCTIONS, Function
@@ -76,7 +76,8 @@ def _draw_machine(choose: Choices, backend: str) -> dict[str, Any]:
     """Small chunks and tiles bring their borders into small problems."""
     if backend == "torch":
         words = choose("words per thread", (1 << 18, 64, 1))
-        return {"threads": choose("threads", (1, 1, 1, 1, 1, 1, 2, 3)), "words": words}
+        threads = choose("threads", (1, 1, 1, 1, 1, 1, 2, 3))
+        return {"threads": threads, "words": words, "native": choose("native", (True, False))}
     return {
         "tiles": choose("tiles", ("as shipped", "small")),
         "programs": choose("programs", (1, 9)),
@@ -93,12 +94,15 @@ def set_up(machine: Mapping[str, Any]) -> Iterator[None]:
             yield
         return
     threads, words = torch.get_num_threads(), row_chunks.WORDS_PER_THREAD
+    enabled, most_words = native.enabled, native.MOST_WORDS
     torch.set_num_threads(machine["threads"])
-    row_chunks.WORDS_PER_THREAD = machine["words"]
+    row_chunks.WORDS_PER_THREAD = native.MOST_WORDS = machine["words"]
+    native.enabled = enabled and machine["native"]
     try:
         yield
     finally:
-        row_chunks.WORDS_PER_THREAD = words
+        row_chunks.WORDS_PER_THREAD, native.MOST_WORDS = words, most_words
+        native.enabled = enabled
         torch.set_num_threads(threads)
 
 

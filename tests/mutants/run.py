@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +24,7 @@ import hypothesis  # noqa: F401  (here and not in each child)
 import pytest
 import torch  # noqa: F401
 
-from .table import MUTANTS, Mutant
+from .table import ATEN, MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("drift_gate", "kernels", "bench", "tests", "pyproject.toml", "setup.py")
@@ -47,6 +48,7 @@ def _child(copy: Path, mutant: Mutant, log: Path) -> None:
     os.chdir(copy)
     sys.path[:0] = [str(copy), str(copy / "tests")]
     os.environ["PYTHONPATH"] = str(copy)
+    os.environ["DRIFT_GATE_NATIVE"] = "0" if mutant.file in ATEN else "1"
     os.environ["DRIFT_GATE_KERNELS"] = "interpret" if mutant.interpreted else "off"
     options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "-m", "not gpu"]
     code = pytest.main([*options, *shlex.split(mutant.tests)])
@@ -56,14 +58,22 @@ def _child(copy: Path, mutant: Mutant, log: Path) -> None:
     os._exit(int(code) if used.startswith(str(copy)) else 99)
 
 
+def _write(file: Path, text: str, copy: Path) -> None:
+    file.write_text(text)
+    if file.suffix in (".c", ".h"):
+        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
+        subprocess.run(build, cwd=copy, check=True, capture_output=True)
+
+
 def run(mutant: Mutant, copy: Path) -> str:
     """ "killed", or what happened instead."""
     file = copy / mutant.file
     sound = file.read_text()
     try:
-        file.write_text(plant(mutant, sound))
+        faulty = plant(mutant, sound)
     except ValueError as error:
         return str(error)
+    _write(file, faulty, copy)
     log = copy / "log.txt"
     child = multiprocessing.get_context("fork").Process(target=_child, args=(copy, mutant, log))
     child.start()
@@ -72,7 +82,7 @@ def run(mutant: Mutant, copy: Path) -> str:
     if hung:
         child.kill()
         child.join()
-    file.write_text(sound)
+    _write(file, sound, copy)
     if hung or child.exitcode == FAILED:
         return "killed"
     if child.exitcode == 0:

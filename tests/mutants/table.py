@@ -26,6 +26,7 @@ RANKS = "tests/test_ranks.py"
 SHARDS = "tests/test_vocab_parallel.py"
 SPANS = "tests/test_spans.py"
 ARGUMENTS = "tests/test_arguments.py tests/test_fuzz.py"
+NATIVE = f"tests/test_native.py {FULL} tests/test_full_loss_special.py tests/test_opd_loss.py"
 K_SCAN = "tests/test_kernels_vocabulary.py"
 K_ROWS = "tests/test_kernels_fuzz.py tests/test_kernels_opd.py"
 K_TOPK = "tests/test_kernels_fuzz.py tests/test_kernels_topk.py"
@@ -40,6 +41,7 @@ SPARSE = "drift_gate/sparse.py"
 STEP = "drift_gate/head_step.py"
 DIVERGENCE = "drift_gate/torch_divergence.py"
 TORCH_TOPK = "drift_gate/torch_topk.py"
+ATEN = PASS, CHUNKS, DIVERGENCE  # tested as without a C compiler
 
 PYTHON = [
     # the fused head
@@ -97,7 +99,7 @@ PYTHON = [
     # vocabulary passes
     Mutant("temperature applied twice", PASS, "torch.amax(z, -1, out=maximum)", "torch.amax(z, -1, out=maximum).mul_(scale)", PASSES),
     Mutant("chunk border off by one", CHUNKS, "x.narrow(0, rows[0], n)", "x.narrow(0, max(rows[0] - 1, 0), n)", PASSES),
-    Mutant("mask dropped in scan", PASS, "for n, (piece,) in chunks(mask, size, x):", "for n, (piece,) in chunks(None, size, x[: count - first]):", PASSES),
+    Mutant("mask dropped in scan", PASS, "for n, (piece,) in chunks(mask, size, x):", "for n, (piece,) in chunks(None, size, x[: int(mask.sum())]):", PASSES),
     Mutant("alpha and beta swapped", PASS, "a * p + beta)", "beta * p + a)", PASSES),
     Mutant("duplicates not summed", PASS, "beta = _sum_duplicates(ids, beta)", "pass", "tests/test_topk_loss.py tests/test_fuzz.py tests/test_ops.py"),
     Mutant("scale missing in the gradient", PASS, "torch.where(a == 0, beta, value).mul_(scale)", "torch.where(a == 0, beta, value)", PASSES),
@@ -143,6 +145,40 @@ PYTHON = [
 ]  # fmt: skip
 
 
+def _native(name: str, file: str, old: str, new: str, nth: int = 0) -> Mutant:
+    return Mutant(f"native: {name}", f"drift_gate/native/{file}", old, new, NATIVE, nth)
+
+
+C = [
+    _native("subnormal halves read as normal", "arithmetic.h", "exponent == 0 ? NAME(to_bits)(subnormal) : found", "found"),
+    _native("subnormal halves written as normal", "arithmetic.h", "size < 113u << 23 ? subnormal : found", "found"),
+    _native("ties away from zero", "arithmetic.h", "0x7fffu + (u >> 16 & 1u)", "0x8000u"),
+    _native("truncated halves", "arithmetic.h", "+ 0xfffu + (size >> 13 & 1u)) >> 13", ") >> 13"),
+    _native("NaN rounded to infinity", "arithmetic.h", "> 0x7f800000u ? 0x7fc0u : rounded", "> 0xff800000u ? 0x7fc0u : rounded"),
+    _native("exponentials that wrap around", "arithmetic.h", "x < -87.33654f ? 0.0f : p", "p"),
+    _native("half a unit off in the exponential", "arithmetic.h", "5.0000001201e-1f", "5.0000101201e-1f"),
+    _native("half a unit off in the logarithm", "arithmetic.h", "3.3333331174e-1f", "3.3343331174e-1f"),
+    _native("words beyond the row weigh", "tiles.h", "tile[i] = -INFINITY;", "tile[i] = 0;"),
+    _native("the scale of float32 dropped", "tiles.h", "tile[i] = from[i] * scale;", "tile[i] = from[i];"),
+    _native("NaN clamped", "tiles.h", "x < LOWEST ? LOWEST : x", "x > LOWEST ? x : LOWEST"),
+    _native("a tile's sums not moved", "sums.h", "factor * a.sum,", "a.sum,"),
+    _native("a tile's mean not moved", "sums.h", "(a.mean + by * a.sum)", "a.mean"),
+    _native("a tile's moment not moved", "sums.h", "a.moment + (by - other_by) * a.u.sum", "a.moment"),
+    _native("a word that the other lacks", "sums.h", "if (all.missing && loss == loss)", "if (all.missing > 1)"),
+    _native("jsd's weights swapped", "sums.h", "(1 - beta) * divergence + beta * other_divergence", "beta * divergence + (1 - beta) * other_divergence"),
+    _native("jsd's slope not weighed", "sums.h", "factor *= 1 - beta, ", ""),
+    _native("jsd's mixture by the wrong ratio", "sums.h", "exp(log_sum - other_log_sum)", "exp(other_log_sum - log_sum)"),
+    _native("reverse's centre without log-sums", "sums.h", "centre += log_sum - other_log_sum;", ";"),
+    _native("the other model's entropy", "sums.h", "a.other_entropy, a.entropy}", "a.entropy, a.other_entropy}"),
+    _native("the centre forgotten", "divergence.h", "(a - log_m - centre)", "(a - log_m)"),
+    _native("forward's factors swapped", "divergence.h", "* factor - NAME(exp)(v[i] - other_top) * other_factor", "* other_factor - NAME(exp)(v[i] - other_top) * factor"),
+    _native("the last tile dropped", "tiles.h", "for (int64_t at = 0; at < vocab; at += TILE)", "for (int64_t at = 0; at < vocab - 1; at += TILE)"),
+    _native("a word beyond the row written", "tiles.h", "memcpy((float *)out.data + first, tile, (size_t)n", "memcpy((float *)out.data + first, tile, (size_t)(n + 1)"),
+    _native("zeros beyond the row", "rows.c", "(size_t)((next - row) * vocab * size)", "(size_t)((next - row) * vocab * size + 1)"),
+    _native("zeros over rows between", "rows.c", "out.offsets[next] == out.offsets[next - 1] + vocab", "1"),
+]  # fmt: skip
+
+
 def _kernel(name: str, file: str, old: str, new: str, tests: str, nth: int = 0) -> Mutant:
     return Mutant(f"kernel: {name}", f"kernels/{file}.py", old, new, tests, nth, True)
 
@@ -183,4 +219,4 @@ KERNELS = [
     _kernel("centre forgotten", "divergence_grad", "(log_p - log_q - centre)", "(log_p - log_q)", K_FULL),
 ]  # fmt: skip
 
-MUTANTS = [*PYTHON, *KERNELS]
+MUTANTS = [*PYTHON, *C, *KERNELS]

@@ -1,0 +1,145 @@
+/* Sums over rows in double: how those of tiles are added, and what comes of them. */
+
+struct mass {
+    float top;   /* largest z */
+    float shift; /* the same, at least LOWEST */
+    double sum;  /* of exp(z - shift) */
+    double mean; /* sum of exp(z - shift) (z - shift) */
+};
+
+struct masses {
+    struct mass u, v;
+    double moment; /* sum of exp(u - shift) ((u - shift) - (v - shift)) */
+    int missing;   /* whether v is -inf where u is not */
+};
+
+struct divergence {
+    double loss, centre;
+    float top, other_top;
+    double log_sum, other_log_sum, entropy, other_entropy;
+};
+
+/* Of a row's gradient, see divergence.h: other_factor is the teacher's factor, or for the JSD the
+ratio of its mass to the student's. */
+struct slopes {
+    float top, other_top, factor, other_factor, centre;
+};
+
+#define NO_MASS {-INFINITY, LOWEST, 0, 0}
+#define NO_MASSES {NO_MASS, NO_MASS, 0, 0}
+
+static struct mass shifted(struct mass a, float shift)
+{
+    if (a.shift == shift)
+        return a;
+    double by = (double)a.shift - shift, factor = exp(by);
+    return (struct mass){a.top, shift, factor * a.sum, factor * (a.mean + by * a.sum)};
+}
+
+static struct mass sum(struct mass a, struct mass b)
+{
+    float top = a.top > b.top ? a.top : b.top;
+    return (struct mass){top, a.shift, a.sum + b.sum, a.mean + b.mean};
+}
+
+static struct mass add(struct mass a, struct mass b)
+{
+    float shift = a.shift > b.shift ? a.shift : b.shift;
+    return sum(shifted(a, shift), shifted(b, shift));
+}
+
+static struct masses both_shifted(struct masses a, float shift, float other_shift)
+{
+    double by = (double)a.u.shift - shift, other_by = (double)a.v.shift - other_shift;
+    double moment = a.moment + (by - other_by) * a.u.sum;
+    if (by != 0)
+        moment *= exp(by);
+    return (struct masses){shifted(a.u, shift), shifted(a.v, other_shift), moment, a.missing};
+}
+
+static struct masses add_both(struct masses a, struct masses b)
+{
+    float shift = a.u.shift > b.u.shift ? a.u.shift : b.u.shift;
+    float other_shift = a.v.shift > b.v.shift ? a.v.shift : b.v.shift;
+    a = both_shifted(a, shift, other_shift), b = both_shifted(b, shift, other_shift);
+    return (struct masses){sum(a.u, b.u), sum(a.v, b.v), a.moment + b.moment,
+                           a.missing | b.missing};
+}
+
+static double log_sum_of(struct mass a)
+{
+    return a.top == -INFINITY ? NAN : log(a.sum);
+}
+
+/* Rows of `out`: largest z, log-sum beyond it, entropy. */
+static void put_statistics(struct mass all, float *out, int64_t stride)
+{
+    int nan = all.sum != all.sum && all.top != INFINITY;
+    out[0] = nan ? NAN : all.top;
+    out[stride] = all.top == -INFINITY ? -INFINITY : (float)log(all.sum);
+    out[2 * stride] = (float)(log_sum_of(all) - all.mean / all.sum);
+}
+
+static struct divergence divergence_of(struct mass u, struct mass v, double loss, double centre)
+{
+    double log_sum = log_sum_of(u), other_log_sum = log_sum_of(v);
+    double entropy = log_sum - u.mean / u.sum, other_entropy = other_log_sum - v.mean / v.sum;
+    return (struct divergence){loss, centre, u.top, v.top, log_sum, other_log_sum, entropy,
+                               other_entropy};
+}
+
+/* KL(u || v). */
+static struct divergence kl_of(struct masses all)
+{
+    double loss = all.moment / all.u.sum - log_sum_of(all.u) + log_sum_of(all.v);
+    if (all.missing && loss == loss)
+        loss = INFINITY;
+    return divergence_of(all.u, all.v, loss, loss);
+}
+
+/* The generalised JSD, from sum exp(u) (u - log m) and the same of v, with the mixture m of the
+masses exp(u) and ratio * exp(v). Of its rounded ratio: the loss has its minimum there, and hardly
+feels the rounding, if only the mixture sums to 1. The centre is KL(p || m) without the correction
+for that, which the terms that it is taken from lack, too: where one word has all the mass they
+cancel. */
+static struct divergence jsd_of(struct mass u, struct mass v, float ratio, double beta,
+                                double moment, double other_moment)
+{
+    double log_mixed = log((1 - beta) * u.sum + beta * (ratio * v.sum));
+    double centre = moment / u.sum, other_centre = other_moment / v.sum;
+    double divergence = centre - log_sum_of(u) + log_mixed;
+    double other_divergence = other_centre - log_sum_of(v) + log_mixed;
+    return divergence_of(u, v, (1 - beta) * divergence + beta * other_divergence, centre);
+}
+
+static struct divergence swapped(struct divergence a)
+{
+    return (struct divergence){a.loss, a.centre, a.other_top, a.top, a.other_log_sum, a.log_sum,
+                               a.other_entropy, a.entropy};
+}
+
+/* Rows of `out`: loss, largest z and log-sum of the student, of the teacher, centre, entropy. */
+static void put_divergence(struct divergence found, float *out, int64_t stride)
+{
+    out[0] = (float)found.loss;
+    out[stride] = found.top;
+    out[2 * stride] = (float)found.log_sum;
+    out[3 * stride] = found.other_top;
+    out[4 * stride] = (float)found.other_log_sum;
+    out[5 * stride] = (float)found.centre;
+    out[6 * stride] = (float)found.entropy;
+}
+
+/* From rows of data: the five of the statistics, as put_divergence orders them, and the weight. */
+static struct slopes slopes_of(const float *data, int64_t stride, int64_t direction, double beta)
+{
+    float top = data[0], other_top = data[2 * stride];
+    double log_sum = data[stride], other_log_sum = data[3 * stride];
+    double centre = data[4 * stride], weight = data[5 * stride];
+    double factor = exp(-log_sum) * weight, other_factor = exp(-other_log_sum) * weight;
+    if (direction == REVERSE) /* log p - log q - L = (a - b) - centre */
+        centre += log_sum - other_log_sum;
+    if (direction == JSD)
+        factor *= 1 - beta, other_factor = exp(log_sum - other_log_sum);
+    return (struct slopes){top, other_top, (float)factor, (float)other_factor, (float)centre};
+}
