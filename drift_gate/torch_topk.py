@@ -6,23 +6,26 @@ from torch import Tensor
 from .torch_rows import wide
 
 
+def _kl_term(x: Tensor, log_x: Tensor, log_y: Tensor) -> Tensor:
+    """x (log x - log y): 0 where x is 0, infinite where y alone is, whatever exp could not hold."""
+    difference = torch.where(log_x == -torch.inf, 0, log_x - log_y)
+    return torch.where(difference == torch.inf, difference, x * difference)
+
+
 def _terms(
     log_p: Tensor, log_q: Tensor, direction: str, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each word's share of the divergence, its g, and p; words with p = q = 0 give 0."""
     p, q = log_p.exp(), log_q.exp()
-
-    def weighted(x: Tensor, y: Tensor) -> Tensor:
-        return torch.where(x == 0, 0, x * y)
-
     if direction == "reverse":
-        g = weighted(p, log_p - log_q)
+        g = _kl_term(p, log_p, log_q)
         return g, g, p
     if direction == "forward":
-        return weighted(q, log_q - log_p), -q, p
-    log_m = (beta * q + (1 - beta) * p).log()
-    g = (1 - beta) * weighted(p, log_p - log_m)
-    return beta * weighted(q, log_q - log_m) + g, g, p
+        return _kl_term(q, log_q, log_p), -q, p
+    m = beta * q + (1 - beta) * p
+    log_m = m.clamp(min=torch.finfo(m.dtype).tiny).log()
+    g = (1 - beta) * _kl_term(p, log_p, log_m)
+    return beta * _kl_term(q, log_q, log_m) + g, g, p
 
 
 def topk_rows(

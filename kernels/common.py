@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32
 
 ALIGNMENT = 16  # bytes of the widest load
 

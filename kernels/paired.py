@@ -4,11 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import ALIGNMENT, LOG2_E, is_aligned, vector_width
+from .common import ALIGNMENT, LOG2_E, TINY, is_aligned, vector_width
 
 DIRECTIONS = {"reverse": 0, "forward": 1, "jsd": 2}
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where 0 * -inf would be NaN
-TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32
 
 
 def access(*tensors: Tensor) -> dict[str, int]:

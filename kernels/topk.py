@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import TINY
+
 ELEMENTS = 2048  # of a program's tile
 LONGEST = 4096  # words a list
 
@@ -30,6 +32,16 @@ LONGEST = 4096  # words a list
 def _xlogy(x, y):
     """x * y, and 0 where x is 0 and y infinite."""
     return tl.where(x == 0.0, 0.0, x * y)
+
+
+@triton.jit
+def _kl_term(x, log_x, log_y):
+    """x (log x - log y): 0 where x is 0, and infinite where y alone is.
+
+    Told by the logarithms: a mass too small for float32 is 0 without them.
+    """
+    difference = tl.where(log_x == -float("inf"), 0.0, log_x - log_y)
+    return tl.where(difference == float("inf"), difference, x * difference)
 
 
 @triton.jit
@@ -52,13 +64,15 @@ def _log_softmax(x, present):
 def _terms(log_p, log_q, p, q, BETA: tl.constexpr, DIRECTION: tl.constexpr):
     """Each word's share of L, and its g."""
     if DIRECTION == "reverse":
-        value = _xlogy(p, log_p - log_q)
+        value = _kl_term(p, log_p, log_q)
         g = value
     elif DIRECTION == "forward":
-        value = _xlogy(q, log_q - log_p)
+        value = _kl_term(q, log_q, log_p)
         g = -q
     else:
-        log_m = tl.log(BETA * q + (1.0 - BETA) * p)
+        TINY_: tl.constexpr = TINY
+        m = BETA * q + (1.0 - BETA) * p
+        log_m = tl.log(tl.where(m < TINY_, TINY_, m))  # keeps NaN
         g = (1.0 - BETA) * _xlogy(p, log_p - log_m)
         value = BETA * _xlogy(q, log_q - log_m) + g
     return value, g

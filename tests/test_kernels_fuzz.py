@@ -38,6 +38,18 @@ FOUND = {
         "no gate": True,
         "no old log-probs": True,
     },
+    "an infinite forward KL of a mass that float32 loses": {
+        "function": "topk_loss",
+        "vocab": 17,
+        "seed": 200,
+        "logits": "wide",
+        "special": "-inf words",
+        "no gate": True,
+        "no old log-probs": True,
+        "support": "truncated",
+        "k": 17,
+        "direction": "forward",
+    },
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.launches import record_launches
 from support.problems import draw_topk
 
 from drift_gate import topk_loss
+from drift_gate.topk_rows import topk_rows
 
 PAIRS = [*itertools.product(["reverse", "forward", "jsd"], ["renormalized", "truncated", "tail"])]
 
@@ -56,6 +58,30 @@ def test_infinities_and_nan(kernels_on_cpu):
         torch.testing.assert_close(results[0], results[1], equal_nan=True)
         assert results[0][0, 2:].isnan().all()
         assert results[0][0, 1].isinf() == (direction == "forward")
+
+
+@pytest.mark.parametrize(
+    ("backend", "lost", "smallest"),
+    [
+        ("triton", -120.0, -103.2),  # exp is 0, and the smallest float32 above
+        ("torch", -800.0, -744.5),  # of float64, in which it sums
+    ],
+)
+def test_masses_that_are_too_small(kernels_on_cpu, backend, lost, smallest):
+    """Their logarithms tell what is infinite; a share of the smallest makes a mixture of 0."""
+    student = torch.tensor([[0.0, -torch.inf], [0.0, smallest]], device=kernels_on_cpu)
+    teacher = torch.tensor([[-0.01, lost], [-0.01, smallest]], device=kernels_on_cpu)
+    teacher[1, 1] -= 2
+    present = student == student
+    arguments = student, None, teacher, present, present[:, 0]
+    for direction, expected in (
+        ("forward", [torch.inf, -0.01 * math.exp(-0.01)]),
+        ("reverse", [0.01, 0.01]),
+    ):
+        rows, _ = topk_rows(*arguments, direction, "truncated", 0.5, backend)
+        torch.testing.assert_close(rows[0].cpu(), torch.tensor(expected))
+    rows, slope = topk_rows(*arguments, "jsd", "truncated", 0.99, backend)
+    assert rows[0].isfinite().all() and slope.isfinite().all()
 
 
 def test_launches(kernels_on_cpu):

@@ -109,7 +109,7 @@ PYTHON = [
     Mutant("unshifted beyond what is safe", CHUNKS, "SAFE_MAXIMUM = 60.0", "SAFE_MAXIMUM = 1e9", PASSES),
     Mutant("lse's gradient dropped", "drift_gate/vocabulary.py", "alpha = through_sum if alpha is None else alpha + through_sum", "alpha = through_sum", PASSES),
     # top K and full
-    Mutant("teacher and student swapped in the mixture", TORCH_TOPK, "(beta * q + (1 - beta) * p).log()", "(beta * p + (1 - beta) * q).log()", TOPK),
+    Mutant("teacher and student swapped in the mixture", TORCH_TOPK, "m = beta * q + (1 - beta) * p", "m = beta * p + (1 - beta) * q", TOPK),
     Mutant("renormalised slope without its mean", TORCH_TOPK, "slope = g - p * g.sum(-1, keepdim=True)", "slope = g", TOPK),
     Mutant("the tail's slope dropped", TORCH_TOPK, "torch.where(rest < eps, 0, g_tail / p_tail)", "torch.where(rest < eps, 0, 0 * p_tail)", TOPK),
     Mutant("missing entries present", "drift_gate/topk_rows.py", "(ids != MISSING) & (teacher != -torch.inf)", "(ids != MISSING)", TOPK),
@@ -211,7 +211,8 @@ KERNELS = [
     _kernel("NaN metrics dropped", "sampled_token", "lowest = tl.where(total == total, tl.min(weight_min, 0), total)", "lowest = tl.min(weight_min, 0)", K_ROWS),
     _kernel("absent words counted", "topk", "tl.where(here, tl.exp(log_p), 0.0)", "tl.where(here, tl.exp(log_p), 1.0)", K_TOPK),
     _kernel("the tail's floor", "topk", "tl.where(rest < EPS, EPS, rest)", "rest", K_TOPK + " tests/test_limits.py"),
-    _kernel("beta swapped", "topk", "tl.log(BETA * q + (1.0 - BETA) * p)", "tl.log(BETA * p + (1.0 - BETA) * q)", K_TOPK + " -k 'not raw'"),
+    _kernel("an infinity lost with its mass", "topk", "tl.where(difference == float(\"inf\"), difference, x * difference)", "tl.where(x == 0.0, 0.0, x * difference)", K_TOPK),
+    _kernel("beta swapped", "topk", "m = BETA * q + (1.0 - BETA) * p", "m = BETA * p + (1.0 - BETA) * q", K_TOPK + " -k 'not raw'"),
     _kernel("cross moment not moved", "divergence", "cross = (cross + total * moved) * carry", "cross = cross * carry", K_FULL),
     _kernel("infinity forgotten", "divergence", "(infinite > 0.0) & (loss == loss)", "(infinite > 9.0) & (loss == loss)", K_FULL),
     _kernel("jsd's centre is its loss", "divergence", "tl.where(live, centre, 0.0)", "tl.where(live, loss, 0.0)", K_FULL),
