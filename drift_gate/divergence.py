@@ -45,10 +45,11 @@ def divergence(
         backend: "triton" or "torch".
 
     Returns:
-        loss [N]; log_probs [N] of the labels (0 without); statistics [5, N] for the backward:
-        maximum and log_sum of the student, of the teacher (logsumexp is their sum), and the
-        centre c of the gradient: the loss for "reverse", sum_k p_k h_k for "jsd"; entropy [N] of
-        p, or [0]. float32, or float64 for float64 logits. Differentiable in `loss` alone.
+        loss [N]; log_probs [N] of the labels (0 without); statistics [5, N] for the backward of
+        the same backend: maximum (with "torch" times the scale) and log_sum of the student, of the
+        teacher, and the centre c of the gradient: the loss for "reverse", sum_k p_k h_k for "jsd";
+        entropy [N] of p, or [0]. float32, or float64 for float64 logits. Differentiable in `loss`
+        alone.
     """
     arguments = logits, teacher, labels, valid, scale, teacher_scale, direction, beta, with_entropy
     if backend == "triton":

@@ -98,7 +98,7 @@ def _reduce(
     top, total, other_top, other_total, cross, infinite, moment, scale, other_scale,
     MOMENT: tl.constexpr,
 ):  # fmt: skip
-    """Fold the lanes: maxima times scale, logarithms of the sums, cross / total, moment / sum.
+    """Fold the lanes: maxima, logarithms of the sums, cross / total, moment / sum.
 
     A row without mass (all -inf) has the logarithm NaN, as log_softmax has it.
     """
@@ -120,7 +120,7 @@ def _reduce(
         moment = (moment + other_total * (other_delta * other_scale)) * other_carry
         mean_log = tl.sum(moment, 0) / other_row_total
     return (
-        tl.max(top, 0) * scale, log_total, tl.max(other_top, 0) * other_scale, other_log_total,
+        tl.max(top, 0), log_total, tl.max(other_top, 0), other_log_total,
         mean, tl.max(infinite, 0), mean_log,
     )  # fmt: skip
 
@@ -131,11 +131,11 @@ def _finish(
     row,
     live,  # False: an ignored row, every output is 0
     loss,
-    top,
+    top,  # of the logits, before the scale
     log_sum,
     teacher_top,
     teacher_log_sum,
-    mean_log,  # sum p (z - top)
+    mean_log,  # sum p (z - max z)
     labels,
     loss_out,
     log_probs_out,
@@ -159,7 +159,7 @@ def _finish(
         column = tl.load(labels + row)
         readable = (column >= 0) & (column < vocab) & live
         x = tl.load(row_logits + column, mask=readable, other=float("nan")).to(tl.float32)
-        log_prob = tl.where(live, (x * scale - top) - log_sum, 0.0)
+        log_prob = tl.where(live, (x - top) * scale - log_sum, 0.0)
     tl.store(log_probs_out + row, log_prob)
 
 
@@ -338,6 +338,7 @@ def divergence(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (loss [N], log_probs [N], statistics [5, N], entropy [N] or [0]), all float32.
 
+    The maxima in the statistics are those of the logits, not yet scaled: see `both_log_probs`.
     Rows that are not valid are not read and give 0. A label outside [0, U) is not read and gives
     NaN.
     """

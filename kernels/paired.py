@@ -30,10 +30,14 @@ def access(*tensors: Tensor) -> dict[str, int]:
 
 @triton.jit
 def both_log_probs(x, y, scale, teacher_scale, top, log_sum, teacher_top, teacher_log_sum):
-    """Log-probs of student and teacher; a word without mass is at LOWEST. NaN stays."""
+    """Log-probs of student and teacher; a word without mass is at LOWEST. NaN stays.
+
+    The tops are those of x and y, before the scales: large products would round apart from those
+    that the sums were taken of, and the masses would no longer sum to 1.
+    """
     LOWEST_: tl.constexpr = LOWEST
-    log_p = (x * scale - top) - log_sum
-    log_q = (y * teacher_scale - teacher_top) - teacher_log_sum
+    log_p = (x - top) * scale - log_sum
+    log_q = (y - teacher_top) * teacher_scale - teacher_log_sum
     log_p = tl.where(log_p < LOWEST_, LOWEST_, log_p)
     return log_p, tl.where(log_q < LOWEST_, LOWEST_, log_q)
 

@@ -50,6 +50,18 @@ FOUND = {
         "k": 17,
         "direction": "forward",
     },
+    "a JSD over log 2, of logits whose products with 1 / temperature round": {
+        "function": "full_loss",
+        "batch": "packed",
+        "sequences": 3,
+        "vocab": 11,
+        "logits": "offset",
+        "temperature": 0.05,
+        "ignored labels": True,
+        "no gate": True,
+        "teacher": "far",
+        "direction": "jsd",
+    },
 }
 
 

@@ -216,6 +216,7 @@ KERNELS = [
     _kernel("cross moment not moved", "divergence", "cross = (cross + total * moved) * carry", "cross = cross * carry", K_FULL),
     _kernel("infinity forgotten", "divergence", "(infinite > 0.0) & (loss == loss)", "(infinite > 9.0) & (loss == loss)", K_FULL),
     _kernel("jsd's centre is its loss", "divergence", "tl.where(live, centre, 0.0)", "tl.where(live, loss, 0.0)", K_FULL),
+    _kernel("large products subtracted", "paired", "log_p = (x - top) * scale - log_sum", "log_p = (x * scale - top * scale) - log_sum", K_FULL),
     _kernel("student's padding unwritten", "divergence_grad", "(start + lane < words + shift)", "(start + lane < vocab + shift)", K_FULL),
     _kernel("centre forgotten", "divergence_grad", "(log_p - log_q - centre)", "(log_p - log_q)", K_FULL),
 ]  # fmt: skip
