@@ -3,10 +3,11 @@
 For a row z = scale * logits[row] and ids i_1 .. i_K:
 
     maximum = max_v z_v                 log_sum = log sum_v exp(z_v - maximum)
-    gathered_k = z[i_k]                 log_probs_k = (z[i_k] - maximum) - log_sum
+    gathered_k = z[i_k]                 log_probs_k = scale * (logits[i_k] - max logits) - log_sum
     entropy = log_sum - sum_v p_v (z_v - maximum)
 
 `maximum` and `log_sum` stay apart: subtracting their rounded sum from a large logit loses digits.
+So do large products with the scale, which come after the difference where both are at hand.
 
 Each lane of a `[LANES, VECTOR]` tile keeps its own running maximum and sum, so the loop over the
 vocabulary has no barrier; the lanes are reduced once, after it. Where rows are too few to fill the
@@ -80,8 +81,7 @@ def _finish(
 ):
     """Gather the listed entries of the row and store its statistics."""
     log_sum = tl.log(total)
-    top = maximum * scale
-    tl.store(maximum_out + row, tl.where(live, top, 0.0))
+    tl.store(maximum_out + row, tl.where(live, maximum * scale, 0.0))
     tl.store(log_sum_out + row, tl.where(live, log_sum, 0.0))
     if entropy_out is not None:
         entropy = log_sum - scale * moment / total
@@ -91,9 +91,8 @@ def _finish(
         column = tl.load(ids + row * K + k, mask=k < K, other=-1)
         readable = (column >= 0) & (column < vocab) & live
         x = tl.load(row_logits + column, mask=readable, other=float("nan")).to(tl.float32)
-        z = x * scale
-        tl.store(gathered + row * K + k, tl.where(live, z, 0.0), mask=k < K)
-        log_prob = (z - top) - log_sum
+        tl.store(gathered + row * K + k, tl.where(live, x * scale, 0.0), mask=k < K)
+        log_prob = (x - maximum) * scale - log_sum
         tl.store(log_probs + row * K + k, tl.where(live, log_prob, 0.0), mask=k < K)
 
 

@@ -230,6 +230,16 @@ def test_large_offsets_and_near_certainty(kernels_on_cpu):
     torch.testing.assert_close(grad, -torch.expm1(truth), rtol=0.05, atol=2e-7)
 
 
+def test_a_constant_added_to_the_logits_changes_no_log_prob(kernels_on_cpu):
+    """It leaves in an exact difference; scaled first, logits of 1e5 would round by 0.004."""
+    logits = (draw_logits(1, 4, 300) + 1e5).to(kernels_on_cpu)
+    ids = ids_for(logits, 3)
+    _, log_probs, _, *others = scan(logits, ids, None, 1.3, True)
+    _, expected, _, *expected_others = scan(logits - 1e5, ids, None, 1.3, True)
+    assert torch.equal(log_probs, expected)
+    assert all(map(torch.equal, others, expected_others))
+
+
 @pytest.fixture
 def kernels_unchecked():
     """A GPU, or the plain interpreter: bounds checks would need memory for every element."""
