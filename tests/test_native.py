@@ -130,6 +130,20 @@ def test_special_rows(instruction_set):
     torch.testing.assert_close(log_sum[4].exp(), torch.tensor(100.0))
 
 
+@needs_library
+def test_the_callers_defaults_do_not_matter():
+    z = torch.randn(1, 4, 9)
+    expected = native.scan(z, None, 1.0, True)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = native.scan(z, None, 1.0, True)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(got, expected)
+
+
 def page_of(data: torch.Tensor, at_end: bool) -> tuple[mmap.mmap, torch.Tensor]:
     """The data at the end, or the beginning, of memory between two pages that cannot be touched."""
     page, size = mmap.PAGESIZE, data.nbytes

@@ -86,14 +86,17 @@ def _offsets(x: Tensor, chosen: Tensor | None) -> Tensor:
     """Where the chosen rows of [B, T, V] begin, in elements."""
     batch, length, _ = x.shape
     of_batch, of_row, _ = x.stride()
-    offsets = torch.arange(length) * of_row
+    offsets = torch.arange(length, device="cpu") * of_row
     if batch != 1:
-        offsets = (torch.arange(batch)[:, None] * of_batch + offsets).flatten()
+        of_first = torch.arange(batch, device="cpu") * of_batch
+        offsets = (of_first[:, None] + offsets).flatten()
     return offsets if chosen is None else offsets[chosen]
 
 
-def _count(x: Tensor, chosen: Tensor | None) -> int:
-    return x.shape[0] * x.shape[1] if chosen is None else int(chosen.sum())
+def _new(results: int, x: Tensor, chosen: Tensor | None) -> Tensor:
+    """[results, chosen rows], whatever the caller's default dtype and device."""
+    count = x.shape[0] * x.shape[1] if chosen is None else int(chosen.sum())
+    return torch.empty(results, count, dtype=torch.float32, device="cpu")
 
 
 def _run(name: str, tensors: tuple[Tensor, ...], chosen: Tensor | None, *options: Any) -> None:
@@ -123,7 +126,7 @@ def scan(logits: Tensor, chosen: Tensor | None, scale: float, with_entropy: bool
 
     A row with a NaN or +inf gives NaN (its maximum may be inf); all -inf gives -inf twice and NaN.
     """
-    out = torch.empty(3, _count(logits, chosen))
+    out = _new(3, logits, chosen)
     _run("scan", (logits,), chosen, scale, with_entropy, out.data_ptr(), out.shape[1])
     return out
 
@@ -158,7 +161,7 @@ def divergence(
     with_entropy: bool,
 ) -> Tensor:
     """[7, rows]: loss, maximum and log_sum of student and teacher, centre, entropy."""
-    out = torch.empty(7, _count(student, chosen))
+    out = _new(7, student, chosen)
     options = scale, teacher_scale, DIRECTIONS.index(direction), beta, with_entropy
     _run("divergence", (student, teacher), chosen, *options, out.data_ptr(), out.shape[1])
     return out
