@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,16 @@ def test_without_the_library_results_are_the_same_to_rounding(monkeypatch):
         assert native.takes(z) is enabled and not native.takes(z.double())
         losses.append(opd_loss(z, labels, old, teacher, loss_agg_mode="none").loss)
     torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+
+
+def test_a_library_that_cannot_be_loaded_is_left_out_with_a_warning(tmp_path, monkeypatch):
+    (tmp_path / f"_rows{EXTENSION_SUFFIXES[0]}").write_text("of another machine")
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    native._library.cache_clear()
+    with pytest.warns(UserWarning, match="without their functions in C"):
+        assert not native.takes(torch.zeros(1))
+    assert native.instruction_set() is None
+    native._library.cache_clear()
 
 
 def test_the_environment_switches_it_off():

@@ -14,6 +14,7 @@ import ctypes
 import functools
 import importlib.machinery
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ..threads import share
 
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as rows.c numbers them
 enabled = os.environ.get("DRIFT_GATE_NATIVE", "1") != "0"
+FOLDER = Path(__file__).parent
 DIRECTIONS = "reverse", "forward", "jsd"
 # For a call: threads that touch one new huge page at a time each clear it.
 MOST_WORDS = 1 << 22
@@ -62,14 +64,17 @@ def instruction_set() -> str | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    folder = Path(__file__).parent
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = folder / f"_rows{suffix}"
-        if path.exists():
-            library = ctypes.CDLL(str(path))
-            library.drift_gate_instruction_set.restype = ctypes.c_char_p
-            return library
-    return None
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    built = [path for suffix in suffixes if (path := FOLDER / f"_rows{suffix}").exists()]
+    if not built:
+        return None
+    try:
+        library = ctypes.CDLL(str(built[0]))
+    except OSError as error:  # built on another machine
+        warnings.warn(f"CPU losses run without their functions in C: {error}", stacklevel=2)
+        return None
+    library.drift_gate_instruction_set.restype = ctypes.c_char_p
+    return library
 
 
 @functools.cache
