@@ -193,6 +193,13 @@ FOUND = {
         "support": "tail",
         "a word twice": True,
     },
+    "a gradient of masses below float32's normal numbers": {
+        "function": "token_log_probs",
+        "rows": 2,
+        "vocab": 3,
+        "logits": "certain",
+        "temperature": 0.7,
+    },
     "the sum of many words beside one that is certain, float64": {
         "function": "opd_loss",
         "vocab": 4095,

@@ -134,8 +134,10 @@ def _log_softmax(
 def _log_softmax_backward(
     out: Tensor, info: torch.finfo, gradient: Tensor, log_p: Tensor, dim: int, *_: Any
 ) -> tuple[Tensor, ...]:
+    """Its masses are exponentials, and err as `_exp` has it."""
     total = gradient.abs().sum(dim, keepdim=True)
-    return ((gradient.abs() + log_p.exp() * (1 + log_p.abs()) * total) * info.eps,)
+    (of_mass,) = _exp(log_p.exp(), info, log_p)
+    return (gradient.abs() * info.eps + of_mass * total,)
 
 
 def _tanh_backward(
