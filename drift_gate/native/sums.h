@@ -30,8 +30,8 @@ struct slopes {
 
 static struct mass shifted(struct mass a, float shift)
 {
-    if (a.shift == shift)
-        return a;
+    if (a.shift == shift || a.sum == 0)
+        return (struct mass){a.top, shift, a.sum, a.mean};
     double by = (double)a.shift - shift, factor = exp(by);
     return (struct mass){a.top, shift, factor * a.sum, factor * (a.mean + by * a.sum)};
 }
@@ -52,7 +52,7 @@ static struct masses both_shifted(struct masses a, float shift, float other_shif
 {
     double by = (double)a.u.shift - shift, other_by = (double)a.v.shift - other_shift;
     double moment = a.moment + (by - other_by) * a.u.sum;
-    if (by != 0)
+    if (by != 0 && a.u.sum != 0)
         moment *= exp(by);
     return (struct masses){shifted(a.u, shift), shifted(a.v, other_shift), moment, a.missing};
 }
@@ -74,10 +74,11 @@ static double log_sum_of(struct mass a)
 /* Rows of `out`: largest z, log-sum beyond it, entropy. */
 static void put_statistics(struct mass all, float *out, int64_t stride)
 {
-    int nan = all.sum != all.sum && all.top != INFINITY;
+    int nan = all.sum != all.sum && all.top != INFINITY, none = all.top == -INFINITY;
+    double log_sum = log_sum_of(all);
     out[0] = nan ? NAN : all.top;
-    out[stride] = all.top == -INFINITY ? -INFINITY : (float)log(all.sum);
-    out[2 * stride] = (float)(log_sum_of(all) - all.mean / all.sum);
+    out[stride] = none ? -INFINITY : (float)log_sum;
+    out[2 * stride] = (float)(log_sum - all.mean / all.sum);
 }
 
 static struct divergence divergence_of(struct mass u, struct mass v, double loss, double centre)

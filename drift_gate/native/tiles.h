@@ -43,23 +43,27 @@ static void NAME(store)(struct rows out, int64_t row, int64_t at, int64_t n,
 
 static float NAME(largest)(const float *restrict tile, int64_t n)
 {
-    float lane[LANES], top = -INFINITY;
+    float lane[LANES];
     for (int64_t l = 0; l < LANES; l++)
         lane[l] = -INFINITY;
     for (int64_t i = 0; i < n; i += LANES)
         for (int64_t l = 0; l < LANES; l++)
             lane[l] = tile[i + l] > lane[l] ? tile[i + l] : lane[l];
-    for (int64_t l = 0; l < LANES; l++)
-        top = lane[l] > top ? lane[l] : top;
-    return top;
+    for (int64_t half = LANES / 2; half > 0; half /= 2)
+        for (int64_t l = 0; l < half; l++)
+            lane[l] = lane[half + l] > lane[l] ? lane[half + l] : lane[l];
+    return lane[0];
 }
 
 static double NAME(total)(const float *restrict lane)
 {
-    double sum = 0;
+    double sum[LANES];
     for (int64_t l = 0; l < LANES; l++)
-        sum += lane[l];
-    return sum;
+        sum[l] = lane[l];
+    for (int64_t half = LANES / 2; half > 0; half /= 2)
+        for (int64_t l = 0; l < half; l++)
+            sum[l] += sum[half + l];
+    return sum[0];
 }
 
 /* z less its largest, at least LOWEST: -inf times a mass of 0 is then 0. NaN stays. */
