@@ -9,8 +9,8 @@ from support.heads import draw_head
 
 from drift_gate import linear_opd_loss, linear_topk_loss
 from drift_gate.chunks import chunks
-from drift_gate.head import Head
-from drift_gate.head_gradients import Needs, Sums, finish_sums, weight_dtype
+from drift_gate.head import Head, _chunk_sizes
+from drift_gate.head_gradients import Needs, Sums, finish_sums, sum_shapes, weight_dtype
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
@@ -143,3 +143,20 @@ def test_the_logits_are_never_whole():
     with peak_bytes() as memory:
         torch.autograd.grad(linear_opd_loss(*leaves, *problem.rest, chunk_size=64).loss, leaves)
     assert memory.peak < 2048 * 5000 * 4 / 5
+
+
+def test_what_a_gpu_holds_at_the_size_of_the_targets():
+    """By shapes alone: 8192 positions, H = 4096, V = 151,936 in bfloat16, at the default chunks."""
+    hidden = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(151_936, 4096, dtype=torch.bfloat16, device="meta")
+    gib = 2**30
+    rows, read = _chunk_sizes(None, weight, len(weight))
+    logits = rows * len(weight) * weight.itemsize
+    lists = len(hidden) * 64 * 64  # a few tensors of ids and of log-probs
+    assert rows == read and logits + lists < 0.7 * gib  # LSM: no dense gradient
+    sums = sum_shapes(hidden, weight, Needs(True, True, False), rows)
+    of_hidden, of_weight, rest, bias = (torch.empty(x, dtype=d, device="meta") for x, d in sums)
+    assert of_weight.dtype == torch.float32 and not rest.numel() and not bias.numel()
+    assert of_hidden.nbytes == hidden.nbytes  # is returned
+    # Beyond what is returned: while chunks are summed, and when the sum is rounded.
+    assert max(logits + of_weight.nbytes - weight.nbytes, of_weight.nbytes) < 3.2 * gib
