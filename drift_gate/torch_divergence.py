@@ -335,7 +335,8 @@ def _jsd_sums(
     torch.sum(other_e, -1, out=other_total)
     if with_entropy:
         torch.sum(torch.mul(e, a, out=scratch[4]), -1, out=entropy)
-    n = _log_mixture(e, other_e, (total / other_total)[:, None], beta, scratch[4], careful)
+    ratio = _mass_ratio(_log_sum(total), _log_sum(other_total))
+    n = _log_mixture(e, other_e, ratio[:, None], beta, scratch[4], careful)
     torch.sum(a.sub_(n).mul_(e), -1, out=moment)
     torch.sum(b.sub_(n).mul_(other_e), -1, out=other_moment)
 
@@ -347,7 +348,7 @@ def _jsd_statistics(sums: Tensor, beta: float) -> Tensor:
     which the terms that it is taken from lack, too: where one word has all the mass they cancel.
     """
     top, other_top, *others = sums.unbind()
-    ratio = wide(others[0] / others[1])
+    ratio = wide(_mass_ratio(_log_sum(others[0]), _log_sum(others[1])))
     total, other_total, moment, other_moment, entropy = map(wide, others)
     log_sum, other_log_sum = total.log(), other_total.log()
     # Of the mixture with its rounded ratio: the loss has its minimum there, and hardly feels the
@@ -359,6 +360,16 @@ def _jsd_statistics(sums: Tensor, beta: float) -> Tensor:
     loss = (1 - beta) * divergence + beta * other
     rows = loss, top, log_sum, other_top, other_log_sum, centre, log_sum - entropy / total
     return torch.stack([x.to(sums.dtype) for x in rows])
+
+
+def _log_sum(total: Tensor) -> Tensor:
+    """As the statistics hold it."""
+    return wide(total).log().to(total.dtype)
+
+
+def _mass_ratio(log_sum: Tensor, other_log_sum: Tensor) -> Tensor:
+    """Of a row's sums of exponentials: the same bits in the forward and in the gradient."""
+    return (wide(log_sum) - other_log_sum).exp_().to(log_sum.dtype)
 
 
 def _centred(z: Tensor, top: Tensor, block: Tensor, careful: bool = True) -> Tensor:
@@ -386,7 +397,7 @@ def _coefficients(
     top, log_sum, teacher_top, teacher_log_sum, centre = statistics
     if direction == "jsd":
         factor = (-log_sum).exp_().mul_(upstream).mul_(1 - beta)
-        ratio = (wide(log_sum) - teacher_log_sum).exp_().to(top.dtype)
+        ratio = _mass_ratio(log_sum, teacher_log_sum)
         return tuple(x[:, None] for x in (factor, top, teacher_top, ratio, centre))
     own = row_factors(top, log_sum, upstream, active, 1.0)
     if direction == "forward":

@@ -146,6 +146,13 @@ def _position_loss(
 
 
 @triton.jit
+def _square_ratio(x, largest):
+    """(x / largest)^2, 0 where both are: the squares of small weights are none of float32's."""
+    ratio = x / tl.where(largest == 0.0, 1.0, largest)
+    return ratio * ratio
+
+
+@triton.jit
 def _store_metrics(
     metrics_out,
     n_valid,
@@ -162,13 +169,16 @@ def _store_metrics(
     """Reduce the lanes' sums over the valid rows, in the order of METRICS."""
     over = 1.0 / tl.maximum(n_valid, 1.0)
     total = tl.sum(weight, 0)
-    squares = tl.sum(square, 0)
+    largest = tl.max(weight_max, 0)
+    squares = tl.sum(square * _square_ratio(weight_max, largest), 0)
+    in_largest = total / tl.where(largest == 0.0, 1.0, largest)
     tl.store(metrics_out + 0, tl.sum(raw, 0) * over)
     # Minima and maxima drop NaN, the sum keeps it.
     lowest = tl.where(total == total, tl.min(weight_min, 0), total)
     tl.store(metrics_out + 1, tl.where(n_valid > 0.0, lowest, 0.0))
-    tl.store(metrics_out + 2, tl.where(total == total, tl.max(weight_max, 0), total))
-    tl.store(metrics_out + 3, tl.where(squares == 0.0, 0.0, total / squares * total * over))
+    tl.store(metrics_out + 2, tl.where(total == total, largest, total))
+    share = in_largest / squares * in_largest * over
+    tl.store(metrics_out + 3, tl.where(squares == 0.0, 0.0, share))
     tl.store(metrics_out + 4, tl.sum(drift_abs, 0) * over)
     tl.store(metrics_out + 5, tl.sum(drift, 0) * over)
     tl.store(metrics_out + 6, tl.sum(clipped, 0) * over)
@@ -217,7 +227,7 @@ def _sampled_token(
     loss_sum = tl.zeros([TILE], tl.float32)
     raw_sum = tl.zeros([TILE], tl.float32)
     weight_sum = tl.zeros([TILE], tl.float32)
-    square_sum = tl.zeros([TILE], tl.float32)
+    square_sum = tl.zeros([TILE], tl.float32)  # of weight / weight_max
     drift_sum = tl.zeros([TILE], tl.float32)
     drift_abs = tl.zeros([TILE], tl.float32)
     clipped_sum = tl.zeros([TILE], tl.float32)
@@ -260,9 +270,11 @@ def _sampled_token(
                 drift = tl.where(live, old - new, 0.0)
             raw_sum += tl.where(live, raw, 0.0)
             weight_sum += weight
-            square_sum += weight * weight
+            largest = tl.maximum(weight_max, weight)
+            square_sum = square_sum * _square_ratio(weight_max, largest)
+            square_sum += _square_ratio(weight, largest)
             weight_min = tl.minimum(weight_min, tl.where(live, weight, float("inf")))
-            weight_max = tl.maximum(weight_max, weight)
+            weight_max = largest
             drift_sum += drift
             drift_abs += tl.abs(drift)
             kl_sum += tl.clamp(drift, -20.0, 20.0, propagate_nan=tl.PropagateNan.ALL)

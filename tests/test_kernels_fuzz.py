@@ -18,6 +18,24 @@ from drift_gate.fuzz.functions import FUNCTIONS
 
 # By what they once showed.
 FOUND = {
+    "weights whose squares are none of float32's": {
+        "function": "linear_topk_loss",
+        "batch": "packed",
+        "sequences": 3,
+        "length 2": 5,
+        "vocab": 5,
+        "seed": 9379,
+        "temperature": 2.0,
+        "bias": True,
+        "softcap": 0.5,
+        "labels": "any",
+        "ignored labels": True,
+        "mask": "late",
+        "tau": 30.0,
+        "normalize": "none",
+        "drift": "1e30",
+        "log_probs": True,
+    },
     "row data that is a column was read as if contiguous": {
         "function": "opd_loss",
         "rows": 2,

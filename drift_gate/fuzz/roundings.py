@@ -9,7 +9,8 @@ problems too, whose truth is rounded itself.
 D. Stott Parker, "Monte Carlo Arithmetic" (1997), with errors that an accurate algorithm of the
 operation may have, in place of those of its rounded result: a sum errs by its largest partial sum,
 and a softmax by the roundings inside. An operation may also be exact, and then show the error of
-another: a gate that a rounding makes 0 hides those of the loss that it weighs.
+another: a gate that a rounding makes 0 hides those of the loss that it weighs. A sum that does not
+err so takes its terms in another order: of 1e30, 1 and -1e30 it is 0 or 1.
 """
 
 import math
@@ -45,6 +46,9 @@ class Roundings(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if float(torch.rand((), generator=self.generator)) < self.share:
             for part in size(out, self.info, *arguments, **(options or {})):
                 self._move(out, part)
+        elif operation.overloadpacket in ORDERED and arguments[0].dim() == 1 == len(arguments):
+            order = torch.randperm(len(arguments[0]), generator=self.generator)
+            out.copy_(operation(arguments[0][order.to(out.device)], **(options or {})))
         return out
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -165,3 +169,4 @@ SIZES: dict[Any, Size] = {
     aten.tanh_backward: _tanh_backward,
 }
 """Operations that round; those not listed move or choose values."""
+ORDERED = aten.sum, aten.mean

@@ -56,7 +56,8 @@ static struct divergence NAME(jsd)(struct rows x, struct rows y, int64_t row, in
     float u[TILE], v[TILE];
     struct mass of_u = NAME(row_mass)(x, row, vocab, scale, with_mean);
     struct mass of_v = NAME(row_mass)(y, row, vocab, other_scale, 0);
-    float top = of_u.shift, other_top = of_v.shift, ratio = (float)(of_u.sum / of_v.sum);
+    float top = of_u.shift, other_top = of_v.shift;
+    float ratio = mass_ratio((float)log_sum_of(of_u), (float)log_sum_of(of_v));
     double moment = 0, other_moment = 0;
     for (int64_t at = 0; at < vocab; at += TILE) {
         float lane[LANES] = {0}, other[LANES] = {0};

@@ -98,6 +98,12 @@ static struct divergence kl_of(struct masses all)
     return divergence_of(all.u, all.v, loss, loss);
 }
 
+/* exp(u) to exp(v), summed over a row: the same bits in the forward and in the gradient. */
+static float mass_ratio(float log_sum, float other_log_sum)
+{
+    return (float)exp((double)log_sum - other_log_sum);
+}
+
 /* The generalised JSD, from sum exp(u) (u - log m) and the same of v, with the mixture m of the
 masses exp(u) and ratio * exp(v). Of its rounded ratio: the loss has its minimum there, and hardly
 feels the rounding, if only the mixture sums to 1. The centre is KL(p || m) without the correction
@@ -134,13 +140,14 @@ static void put_divergence(struct divergence found, float *out, int64_t stride)
 /* From rows of data: the five of the statistics, as put_divergence orders them, and the weight. */
 static struct slopes slopes_of(const float *data, int64_t stride, int64_t direction, double beta)
 {
-    float top = data[0], other_top = data[2 * stride];
-    double log_sum = data[stride], other_log_sum = data[3 * stride];
+    float top = data[0], log_sum = data[stride];
+    float other_top = data[2 * stride], other_log_sum = data[3 * stride];
     double centre = data[4 * stride], weight = data[5 * stride];
-    double factor = exp(-log_sum) * weight, other_factor = exp(-other_log_sum) * weight;
+    double factor = exp(-(double)log_sum) * weight;
+    double other_factor = exp(-(double)other_log_sum) * weight;
     if (direction == REVERSE) /* log p - log q - L = (a - b) - centre */
-        centre += log_sum - other_log_sum;
+        centre += (double)log_sum - other_log_sum;
     if (direction == JSD)
-        factor *= 1 - beta, other_factor = exp(log_sum - other_log_sum);
+        factor *= 1 - beta, other_factor = mass_ratio(log_sum, other_log_sum);
     return (struct slopes){top, other_top, (float)factor, (float)other_factor, (float)centre};
 }
