@@ -236,6 +236,18 @@ FOUND = {
         "tau": 30.0,
         "drift": "1e30",
     },
+    "an infinite loss with a gate that roundings make 0": {
+        "function": "full_loss",
+        "batch": "packed",
+        "sequences": 3,
+        "vocab": 3,
+        "logits": "offset",
+        "temperature": 0.05,
+        "labels": "any",
+        "tau": 1000000.0,
+        "drift": "none",
+        "teacher special": "-inf words",
+    },
     "the sum of many words beside one that is certain, float64": {
         "function": "opd_loss",
         "vocab": 4095,

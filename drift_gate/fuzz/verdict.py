@@ -87,8 +87,8 @@ def _overflowed(truth: Results) -> bool:
 
 
 Effects = dict[str, Tensor]
-"""Of roundings on each result [elements]: the most by which they move it, or change between finite
-and infinite (then infinite)."""
+"""Of roundings on each result [elements]: the most by which they move it; infinite where they
+change it between finite, infinite and NaN."""
 
 
 def _rounded(problem: Problem) -> Iterator[Results]:
@@ -114,9 +114,9 @@ def _add_effects(effects: Effects, rounded: Results, truth: Results) -> None:
     for name, t in truth.items():
         if not t.is_floating_point():
             continue
-        moved = (rounded[name].double() - t).abs().flatten()
-        changed = rounded[name].isfinite().flatten() != t.isfinite().flatten()
-        moved = moved.nan_to_num(0.0).masked_fill(changed, torch.inf)
+        r = rounded[name].double()
+        same = (r.isfinite() & t.isfinite()) | (r == t) | (r.isnan() & t.isnan())
+        moved = (r - t).abs().nan_to_num(0.0).masked_fill(~same, torch.inf).flatten()
         effects[name] = torch.maximum(moved, effects[name]) if name in effects else moved
 
 
