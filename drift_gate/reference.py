@@ -135,12 +135,13 @@ def mean(x: Tensor, valid: Tensor) -> Tensor:
 def gate_metrics(w: Tensor, raw: Tensor, drift: Tensor, valid: Tensor) -> dict[str, Tensor]:
     """The metrics of GateOutput."""
     zero = w.new_zeros(())
-    square = w.square().sum()
+    largest = w[valid].max() if valid.any() else zero
+    share = w / largest if largest != 0 else w  # whose squares no dtype loses
     return {
         "gate_mean_raw": mean(raw, valid),
         "gate_min": w[valid].min() if valid.any() else zero,
-        "gate_max": w[valid].max() if valid.any() else zero,
-        "gate_ess": w.sum() ** 2 / square / valid.sum() if square != 0 else zero,
+        "gate_max": largest,
+        "gate_ess": share.sum() ** 2 / share.square().sum() / valid.sum() if largest != 0 else zero,
         "drift_abs": mean(drift.abs(), valid),
         "drift_signed": mean(drift, valid),
     }

@@ -184,15 +184,18 @@ def _metrics(raw: Tensor, weight: Tensor, drift: Tensor, clipped: Tensor, valid:
     """Stack the metrics in the order of `drift_gate.rows.METRICS`."""
     n = valid.sum()
     over = 1 / n.clamp(min=1).to(weight.dtype)
-    total, square = weight.sum(), weight.square().sum()
-    zero = torch.zeros_like(total)
+    zero = torch.zeros_like(over)
     some = weight.shape[0] > 0
     lowest = torch.where(valid, weight, torch.inf).min() if some else zero
+    largest = weight.max() if some else zero
+    # Of the largest: the squares of small weights may be too small for their dtype.
+    share = weight / torch.where(largest == 0, 1, largest)
+    total, square = share.sum(), share.square().sum()
     return torch.stack(
         [
             torch.where(valid, raw, 0).sum() * over,
             torch.where(n > 0, lowest, zero),
-            weight.max() if some else zero,
+            largest,
             torch.where(square == 0, zero, total / square * total * over),
             drift.abs().sum() * over,
             drift.sum() * over,

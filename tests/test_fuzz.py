@@ -98,6 +98,22 @@ FOUND = {
         "direction": "jsd",
         "teacher temperature": 1.0,
     },
+    "the effective share of weights whose squares float64 loses": {
+        "function": "linear_topk_loss",
+        "batch": "packed",
+        "sequences": 3,
+        "vocab": 31,
+        "width": 33,
+        "dtype": "float64",
+        "seed": 2953,
+        "softcap": 0.5,
+        "labels": "any",
+        "tau": 30.0,
+        "normalize": "none",
+        "drift": "beyond the clamps",
+        "support": "truncated",
+        "log_probs": True,
+    },
     # No fault of the backend: results so conditioned that any order of operations rounds them so.
     "the log-sums of a float64 JSD": {
         "function": "linear_full_loss",
