@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import TINY
+
 TILE = 2048
 NUM_WARPS = 16
 
@@ -146,13 +148,6 @@ def _position_loss(
 
 
 @triton.jit
-def _square_ratio(x, largest):
-    """(x / largest)^2, 0 where both are: the squares of small weights are none of float32's."""
-    ratio = x / tl.where(largest == 0.0, 1.0, largest)
-    return ratio * ratio
-
-
-@triton.jit
 def _store_metrics(
     metrics_out,
     n_valid,
@@ -165,20 +160,27 @@ def _store_metrics(
     drift,
     clipped,
     kl,
+    ANY_SIZE: tl.constexpr,
 ):
     """Reduce the lanes' sums over the valid rows, in the order of METRICS."""
     over = 1.0 / tl.maximum(n_valid, 1.0)
     total = tl.sum(weight, 0)
     largest = tl.max(weight_max, 0)
-    squares = tl.sum(square * _square_ratio(weight_max, largest), 0)
-    in_largest = total / tl.where(largest == 0.0, 1.0, largest)
+    if ANY_SIZE:  # the squares are of shares of each lane's largest
+        TINY_: tl.constexpr = TINY
+        unit = tl.where(largest < TINY_, 1.0, largest)
+        moved = weight_max / unit
+        square *= moved * moved
+    else:
+        unit = 1.0
+    squares = tl.sum(square, 0)
+    share = total / unit
     tl.store(metrics_out + 0, tl.sum(raw, 0) * over)
     # Minima and maxima drop NaN, the sum keeps it.
     lowest = tl.where(total == total, tl.min(weight_min, 0), total)
     tl.store(metrics_out + 1, tl.where(n_valid > 0.0, lowest, 0.0))
     tl.store(metrics_out + 2, tl.where(total == total, largest, total))
-    share = in_largest / squares * in_largest * over
-    tl.store(metrics_out + 3, tl.where(squares == 0.0, 0.0, share))
+    tl.store(metrics_out + 3, tl.where(squares == 0.0, 0.0, share / squares * share * over))
     tl.store(metrics_out + 4, tl.sum(drift_abs, 0) * over)
     tl.store(metrics_out + 5, tl.sum(drift, 0) * over)
     tl.store(metrics_out + 6, tl.sum(clipped, 0) * over)
@@ -219,6 +221,9 @@ def _sampled_token(
         factor = factor / tl.maximum(n_valid, 1.0)
     elif DENOMINATOR == "sequences":
         factor = factor / tl.maximum(_count(blocks + 3 * n_rows, n_rows, TILE), 1.0)
+    # Weights that have no unit mean may be so small that their squares are none of float32's.
+    ANY_SIZE: tl.constexpr = GATE == "none" or GATE == "given"
+    TINY_: tl.constexpr = TINY
     shift = 0.0
     mean = 1.0
     if GATE == "batch":
@@ -227,7 +232,7 @@ def _sampled_token(
     loss_sum = tl.zeros([TILE], tl.float32)
     raw_sum = tl.zeros([TILE], tl.float32)
     weight_sum = tl.zeros([TILE], tl.float32)
-    square_sum = tl.zeros([TILE], tl.float32)  # of weight / weight_max
+    square_sum = tl.zeros([TILE], tl.float32)
     drift_sum = tl.zeros([TILE], tl.float32)
     drift_abs = tl.zeros([TILE], tl.float32)
     clipped_sum = tl.zeros([TILE], tl.float32)
@@ -271,8 +276,12 @@ def _sampled_token(
             raw_sum += tl.where(live, raw, 0.0)
             weight_sum += weight
             largest = tl.maximum(weight_max, weight)
-            square_sum = square_sum * _square_ratio(weight_max, largest)
-            square_sum += _square_ratio(weight, largest)
+            if ANY_SIZE:
+                inverse = 1.0 / tl.where(largest < TINY_, 1.0, largest)
+                moved, share = weight_max * inverse, weight * inverse
+                square_sum = square_sum * moved * moved + share * share
+            else:
+                square_sum += weight * weight
             weight_min = tl.minimum(weight_min, tl.where(live, weight, float("inf")))
             weight_max = largest
             drift_sum += drift
@@ -300,7 +309,7 @@ def _sampled_token(
     tl.store(loss_out, tl.sum(loss_sum, 0))
     _store_metrics(
         metrics_out, n_valid, raw_sum, weight_sum, square_sum, weight_min, weight_max,
-        drift_abs, drift_sum, clipped_sum, kl_sum,
+        drift_abs, drift_sum, clipped_sum, kl_sum, ANY_SIZE,
     )  # fmt: skip
 
 
