@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SAFE_MAXIMUM = 60.0  # exp(60) summed over 2^18 words is still 10^7 times below the largest float32
-SAFE_FACTOR = 1e32  # factors of 1 / this to this meet neither denormals nor infinity
 WORDS_PER_THREAD = 1 << 18  # 1 MiB of float32
 # Blocks over 32 MiB go back to the system when freed; touching new pages costs more than the work.
 MOST_WORDS = 1 << 23
@@ -129,24 +127,3 @@ def scaled(x: Tensor, scale: float, block: Tensor) -> Tensor:
         return x if scale == 1 else torch.mul(x, scale, out=block)
     block.copy_(x)
     return block if scale == 1 else block.mul_(scale)
-
-
-def within(bound: float, *values: Tensor) -> bool:
-    """Whether all are in [-bound, bound]; False if one is NaN."""
-    return all(-bound <= x <= bound for value in values for x in value.tolist())
-
-
-def row_factors(
-    maximum: Tensor, log_sum: Tensor, alpha: Tensor, active: Tensor, scale: float
-) -> tuple[Tensor | None, Tensor]:
-    """(shift, factor), [N, 1], with scale * alpha * softmax(z) = factor * exp(z - shift).
-
-    The shift is None where every active row can do without.
-    """
-    if maximum.is_cpu:
-        factor = (-(maximum.double() + log_sum)).exp_().mul_(alpha).mul_(scale)
-        size = factor.abs()
-        safe = (size >= 1 / SAFE_FACTOR) & (size <= SAFE_FACTOR) & (maximum.abs() <= SAFE_MAXIMUM)
-        if bool((safe | ~active).all()):
-            return None, factor.to(maximum.dtype)[:, None]
-    return maximum[:, None], (-log_sum).exp_().mul_(alpha).mul_(scale)[:, None]

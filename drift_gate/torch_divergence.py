@@ -9,44 +9,34 @@ With a = log p of the student and b = log q of the teacher, row by row:
              with m = beta q + (1 - beta) p
 
 On a CPU functions in C go over the rows, see `native`. Where they cannot, a few rows at a time pass
-through scratch that stays in the cache; even "jsd" reads memory once. As in `torch_passes`, on the
-CPU exponentials are not shifted by the maximum where that is safe. There a chunk is also first
-taken to hold no infinity, and computed again with care where the result shows that it does.
+through scratch that stays in the cache; even "jsd" reads memory once.
 Bytes that must move, with e and f bytes an element of student and teacher: N V (e + f) in
 `divergence`, N V (2 e + f) in `divergence_grad`.
 """
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import native
 from .row_chunks import (
-    SAFE_MAXIMUM,
     Piece,
     accumulator,
     chunks,
     cut,
     new_scratch,
-    row_factors,
     rows_at_once,
     scaled,
     sequences,
     spread,
-    within,
 )
 from .threads import share
 from .torch_passes import gather
 from .torch_rows import wide
 
 LOWEST = -1e30  # stands for -inf: its exponential is 0, and 0 times it is 0 and not NaN
-NEAR = 4.0  # nats between the tops that cost no more digits than the logarithms do
 BLOCKS = {"reverse": 3, "forward": 3, "jsd": 5}  # of scratch for a thread
-# How the sums of a row were taken: exponentials as they are, and the moment without the tops'
-# difference where they are near; or exponentials shifted by the tops.
-NEAR_BY, FAR, SHIFTED = 0, 1, 2
 
 
 @torch.no_grad()
@@ -93,37 +83,30 @@ def _divergence(
     """[7, valid rows]: loss, top and log_sum of student and teacher, centre, entropy."""
     size = _rows_at_once(student)
     scratch = new_scratch(student, BLOCKS[direction], size)
-    statistics = student.new_zeros((7, int(valid.sum())), dtype=accumulator(student))
+    sums = student.new_zeros((7, int(valid.sum())), dtype=accumulator(student))
     pieces: list[tuple[Piece, Piece]] = []
     counts: list[int] = []
     for (x, y), (mask,) in sequences((student, teacher), (valid,)):
         for n, (own, other) in chunks(mask, size, x, y):
             pieces.append((own, other))
             counts.append(n)
-    outs = zip(*(torch.split(row, counts) for row in statistics.unbind()), strict=True)
+    outs = zip(*(torch.split(row, counts) for row in sums.unbind()), strict=True)
     tasks = [_Sums(*each, out) for each, out in zip(pieces, outs, strict=True)]
-    careful = with_entropy or not student.is_cpu
 
     def work(task: _Sums, worker: int) -> None:
         x, y, out = task.logits.read(), task.teacher.read(), task.out
         blocks = cut(scratch[worker], len(x))
         if direction == "jsd":
-            _jsd_sums(x, y, beta, scale, teacher_scale, out, blocks, with_entropy, careful)
+            _jsd_sums(x, y, beta, scale, teacher_scale, out, blocks, with_entropy)
             return
         reverse = direction == "reverse"
         models = (x, y, scale, teacher_scale) if reverse else (y, x, teacher_scale, scale)
-        _kl_sums(*models, out, blocks, (1 - reverse) if with_entropy else None, careful)
+        _kl_sums(*models, out, blocks, (1 - reverse) if with_entropy else None)
 
     share(tasks, work, len(scratch))
-    if not careful:
-        careful = True
-        fine = _fine(statistics, direction == "jsd")
-        if not bool(fine.all()):
-            parts = zip(tasks, torch.split(fine, counts), strict=True)
-            share([task for task, rows in parts if not rows.all()], work, len(scratch))
     if direction == "jsd":
-        return _jsd_statistics(statistics, beta)
-    return _kl_statistics(statistics, direction == "reverse")
+        return _jsd_statistics(sums, beta)
+    return _kl_statistics(sums, direction == "reverse")
 
 
 class _Sums(NamedTuple):
@@ -131,7 +114,7 @@ class _Sums(NamedTuple):
 
     logits: Piece  # [rows, V]
     teacher: Piece
-    out: tuple[Tensor, ...]  # seven [rows]: see the sums below
+    out: tuple[Tensor, ...]  # seven [rows]: tops, sums and moments, see below
 
 
 class _Slopes(NamedTuple):
@@ -140,7 +123,7 @@ class _Slopes(NamedTuple):
     out: Piece  # [rows, V]
     logits: Piece | None = None  # may be out
     teacher: Piece | None = None
-    coefficients: tuple[Any, ...] = ()  # [rows, 1] or None each, of the direction's function
+    coefficients: tuple[Tensor, ...] = ()  # [rows, 1] each, of the direction's function
 
 
 @torch.no_grad()
@@ -187,13 +170,12 @@ def _divergence_grad(
     tensors = student, teacher, out
     size = _rows_at_once(tensors[0])
     scratch = new_scratch(tensors[0], 3, size)
-    row_data = _coefficients(statistics, upstream * scale, active, direction, beta)
+    row_data = _coefficients(statistics, upstream * scale, direction, beta)
     tasks: list[_Slopes] = []
     for (x, t, y), (on, off, *each) in sequences(tensors, (active, ~active, *row_data)):
         tasks += [_Slopes(*pieces) for _, pieces in chunks(off, size, y)]
         for _, (out_piece, own, other, *rest) in chunks(on, size, y, x, t, *each):
-            columns = tuple(None if c is None else c.read() for c in rest)
-            tasks.append(_Slopes(out_piece, own, other, columns))
+            tasks.append(_Slopes(out_piece, own, other, tuple(c.read() for c in rest)))
 
     def work(task: _Slopes, worker: int) -> None:
         if task.logits is None or task.teacher is None:
@@ -201,19 +183,12 @@ def _divergence_grad(
             return
         x, y = task.logits.read(), task.teacher.read()
         blocks = cut(scratch[worker], len(x))
-        columns = task.coefficients
-
-        def slopes(careful: bool) -> Tensor:
-            a, b = scaled(x, scale, blocks[0]), scaled(y, teacher_scale, blocks[1])
-            if direction == "reverse":
-                return _reverse_slopes(a, b, blocks, careful, *columns)
-            if direction == "forward":
-                return _forward_slopes(a, b, blocks, *columns)
-            return _jsd_slopes(a, b, blocks, careful, beta, *columns)
-
-        values = slopes(careful=not x.is_cpu)
-        if x.is_cpu and direction != "forward" and not math.isfinite(values.sum().item()):
-            values = slopes(careful=True)
+        a, b = scaled(x, scale, blocks[0]), scaled(y, teacher_scale, blocks[1])
+        if direction == "jsd":
+            values = _jsd_slopes(a, b, blocks, beta, *task.coefficients)
+        else:
+            slopes = _reverse_slopes if direction == "reverse" else _forward_slopes
+            values = slopes(a, b, blocks, *task.coefficients)
         task.out.write(values)
 
     share(tasks, work, len(scratch))
@@ -227,56 +202,21 @@ def _rows_at_once(student: Tensor) -> int:
 # the student and of the teacher, centre, entropy.
 
 
-def _fine(sums: Tensor, jsd: bool) -> Tensor:
-    """Whether rows [n] of sums [7, n] taken without care are right."""
-    moments = sums[4:6] if jsd else sums[4:5]
-    fine = moments.isfinite().all(0)
-    return fine if jsd else fine | (sums[6] == SHIFTED)
-
-
 def _kl_sums(
     u: Tensor,  # [rows, V], of the model whose masses weigh the sum
     v: Tensor,  # [rows, V], of the other
     u_scale: float,
     v_scale: float,
-    out: tuple[Tensor, ...],  # seven [rows]: tops, sums and moment below, sum exp(z) z of the
-    #                           centred u or v, how the sums were taken
+    out: tuple[Tensor, ...],  # [rows] each: tops, sums, the moment below, 0, sum exp(z) z of the
+    #                           one of u and v whose entropy is wanted
     scratch: list[Tensor],  # three blocks [rows, V]
     entropy_of: int | None,  # 0: of u, 1: of v
-    careful: bool,
 ) -> None:
-    """sum exp(u), sum exp(v), and the moment sum exp(u) ((u - top) - (v - top)).
-
-    Without care exponentials are not shifted, where that is safe; see `_fine` for infinities.
-    """
-    top, other_top = out[:2]
+    """sum exp(u), sum exp(v), and the moment sum exp(u) (u - v), of centred logits u and v."""
+    top, other_top, total, other_total, moment, _, entropy = out
     a, b = scaled(u, u_scale, scratch[0]), scaled(v, v_scale, scratch[1])
     torch.amax(a, -1, out=top)
     torch.amax(b, -1, out=other_top)
-    if careful or not within(SAFE_MAXIMUM, top, other_top):
-        _shifted_kl_sums(a, b, out, scratch, entropy_of)
-    else:
-        _plain_kl_sums(a, b, out, scratch)
-
-
-def _plain_kl_sums(a: Tensor, b: Tensor, out: tuple[Tensor, ...], scratch: list[Tensor]) -> None:
-    top, other_top, total, other_total, moment, _, how = out
-    torch.sum(torch.exp(b, out=scratch[2]), -1, out=other_total)
-    difference = torch.sub(a, b, out=scratch[1])
-    offset = top - other_top
-    if not within(NEAR, offset):
-        how.fill_(FAR)
-        difference.sub_(offset[:, None])
-    e = torch.exp(a, out=scratch[0])
-    torch.sum(e, -1, out=total)
-    torch.sum(difference.mul_(e), -1, out=moment)
-
-
-def _shifted_kl_sums(
-    a: Tensor, b: Tensor, out: tuple[Tensor, ...], scratch: list[Tensor], entropy_of: int | None
-) -> None:
-    top, other_top, total, other_total, moment, entropy, how = out
-    how.fill_(SHIFTED)
     a, b = _centred(a, top, scratch[0]), _centred(b, other_top, scratch[1])
     if entropy_of is not None:
         z = (a, b)[entropy_of]
@@ -293,17 +233,13 @@ def _shifted_kl_sums(
 
 def _kl_statistics(sums: Tensor, reverse: bool) -> Tensor:
     """KL(u || v) and the rest from `_kl_sums`."""
-    top, other_top, total, other_total, moment, entropy, how = sums.unbind()
-    total, other_total, moment = wide(total), wide(other_total), wide(moment)
-    moment = torch.where(how == NEAR_BY, moment - (wide(top) - other_top) * total, moment)
-    # Divided by the exponential's own value at the maximum, which cancels its rounding.
-    unit, other_unit = (wide(x.exp().masked_fill_(how == SHIFTED, 1)) for x in (top, other_top))
-    total, other_total, moment = total / unit, other_total / other_unit, moment / unit
+    top, other_top, *others = sums.unbind()
+    total, other_total, moment, _, entropy = map(wide, others)
     log_sum, other_log_sum = total.log(), other_total.log()
     loss = moment / total - log_sum + other_log_sum
     own, other = (top, log_sum), (other_top, other_log_sum)
     student, teacher = (own, other) if reverse else (other, own)
-    mean = wide(entropy) / (total if reverse else other_total)
+    mean = entropy / (total if reverse else other_total)
     rows = loss, *student, *teacher, loss, student[1] - mean
     return torch.stack([x.to(sums.dtype) for x in rows])
 
@@ -317,26 +253,23 @@ def _jsd_sums(
     out: tuple[Tensor, ...],  # [rows] each: tops, sums, the two moments below, sum exp(a) a
     scratch: list[Tensor],  # five blocks [rows, V]
     with_entropy: bool,
-    careful: bool,
 ) -> None:
     """sum exp(a), sum exp(b), and the moments sum exp(a) (a - n), sum exp(b) (b - n).
 
-    For centred logits a and b; n = log m + log sum exp(a). Without care not finite where one is
-    infinite.
+    For centred logits a and b; n = log m + log sum exp(a).
     """
     top, other_top, total, other_total, moment, other_moment, entropy = out
     a, b = scaled(x, scale, scratch[0]), scaled(y, teacher_scale, scratch[1])
     torch.amax(a, -1, out=top)
     torch.amax(b, -1, out=other_top)
-    a = _centred(a, top, scratch[0], careful)
-    b = _centred(b, other_top, scratch[1], careful)
+    a, b = _centred(a, top, scratch[0]), _centred(b, other_top, scratch[1])
     e, other_e = torch.exp(a, out=scratch[2]), torch.exp(b, out=scratch[3])
     torch.sum(e, -1, out=total)
     torch.sum(other_e, -1, out=other_total)
     if with_entropy:
         torch.sum(torch.mul(e, a, out=scratch[4]), -1, out=entropy)
     ratio = _mass_ratio(_log_sum(total), _log_sum(other_total))
-    n = _log_mixture(e, other_e, ratio[:, None], beta, scratch[4], careful)
+    n = _log_mixture(e, other_e, ratio[:, None], beta, scratch[4])
     torch.sum(a.sub_(n).mul_(e), -1, out=moment)
     torch.sum(b.sub_(n).mul_(other_e), -1, out=other_moment)
 
@@ -372,18 +305,15 @@ def _mass_ratio(log_sum: Tensor, other_log_sum: Tensor) -> Tensor:
     return (wide(log_sum) - other_log_sum).exp_().to(log_sum.dtype)
 
 
-def _centred(z: Tensor, top: Tensor, block: Tensor, careful: bool = True) -> Tensor:
-    """z less its maximum, in the block; with care at least LOWEST."""
-    centred = torch.sub(z, top[:, None], out=block)
-    return centred.clamp_(min=LOWEST) if careful else centred
+def _centred(z: Tensor, top: Tensor, block: Tensor) -> Tensor:
+    """z less its maximum, at least LOWEST, in the block."""
+    return torch.sub(z, top[:, None], out=block).clamp_(min=LOWEST)
 
 
-def _log_mixture(
-    e: Tensor, other_e: Tensor, ratio: Tensor, beta: float, block: Tensor, careful: bool
-) -> Tensor:
-    """log((1 - beta) e + beta ratio other_e) in the block; with care finite where both are 0."""
+def _log_mixture(e: Tensor, other_e: Tensor, ratio: Tensor, beta: float, block: Tensor) -> Tensor:
+    """log((1 - beta) e + beta ratio other_e) in the block, finite where both are 0."""
     m = torch.lerp(e, torch.mul(other_e, ratio, out=block), beta, out=block)
-    return (m.clamp_(min=torch.finfo(m.dtype).tiny) if careful else m).log_()
+    return m.clamp_(min=torch.finfo(m.dtype).tiny).log_()
 
 
 # The gradient of a chunk, [rows, V] in the scratch. `a` and `b` are the logits, divided by the
@@ -391,86 +321,67 @@ def _log_mixture(
 
 
 def _coefficients(
-    statistics: Tensor, upstream: Tensor, active: Tensor, direction: str, beta: float
-) -> tuple[Tensor | None, ...]:
+    statistics: Tensor, upstream: Tensor, direction: str, beta: float
+) -> tuple[Tensor, ...]:
     """Row data [N, 1] of the direction's function below."""
     top, log_sum, teacher_top, teacher_log_sum, centre = statistics
+    factor = (-log_sum).exp_().mul_(upstream)
     if direction == "jsd":
-        factor = (-log_sum).exp_().mul_(upstream).mul_(1 - beta)
         ratio = _mass_ratio(log_sum, teacher_log_sum)
-        return tuple(x[:, None] for x in (factor, top, teacher_top, ratio, centre))
-    own = row_factors(top, log_sum, upstream, active, 1.0)
-    if direction == "forward":
-        return *own, *row_factors(teacher_top, teacher_log_sum, upstream, active, 1.0)
-    # log p - log q - L = (a - b) - mean, with the difference of the logsumexps in the mean. Maxima
-    # that are large, and differ, leave a and b before that: a - b would lose digits.
-    mean = wide(centre) + (log_sum - teacher_log_sum)
-    shift, factor = own
-    teacher_shift = None
-    if shift is None:
-        mean = mean + wide(top)
-    if bool(((teacher_top.abs() <= SAFE_MAXIMUM) | ~active).all()):
-        mean = mean - wide(teacher_top)
+        columns = [factor.mul_(1 - beta), ratio, centre]
+    elif direction == "forward":
+        columns = [factor, (-teacher_log_sum).exp_().mul_(upstream)]
     else:
-        teacher_shift = teacher_top[:, None]
-    return shift, factor, teacher_shift, mean.to(top.dtype)[:, None]
-
-
-def _shifted_exp(z: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
-    return torch.exp(z if shift is None else torch.sub(z, shift, out=out), out=out)
+        # log p - log q - L = (a - b) - mean, of centred a and b
+        mean = wide(centre) + (log_sum - teacher_log_sum)
+        columns = [factor, mean.to(top.dtype)]
+    return tuple(x[:, None] for x in (top, teacher_top, *columns))
 
 
 def _reverse_slopes(
     a: Tensor,
     b: Tensor,
     scratch: list[Tensor],
-    careful: bool,
-    shift: Tensor | None,
+    top: Tensor,
+    teacher_top: Tensor,
     factor: Tensor,
-    teacher_shift: Tensor | None,
     mean: Tensor,
 ) -> Tensor:
-    """p (a - b - mean), of a and b less their shifts"""
-    if shift is not None:
-        a = torch.sub(a, shift, out=scratch[0])
-    if teacher_shift is not None:
-        b = torch.sub(b, teacher_shift, out=scratch[1])
-    if careful:
-        a = torch.clamp(a, min=LOWEST, out=scratch[0])
-        b = torch.clamp(b, min=LOWEST, out=scratch[1])
+    """p (a - b - mean), of centred a and b"""
+    a, b = _centred(a, top[:, 0], scratch[0]), _centred(b, teacher_top[:, 0], scratch[1])
     slope = torch.sub(a, b, out=scratch[1]).sub_(mean)
-    return slope.mul_(torch.exp(a, out=scratch[0])).mul_(factor)
+    return slope.mul_(a.exp_()).mul_(factor)
 
 
 def _forward_slopes(
     a: Tensor,
     b: Tensor,
     scratch: list[Tensor],
-    shift: Tensor | None,
+    top: Tensor,
+    teacher_top: Tensor,
     factor: Tensor,
-    teacher_shift: Tensor | None,
     teacher_factor: Tensor,
 ) -> Tensor:
     """p - q, each with its factor"""
-    q = _shifted_exp(b, teacher_shift, scratch[1])
-    return _shifted_exp(a, shift, scratch[0]).mul_(factor).addcmul_(q, teacher_factor, value=-1)
+    q = torch.sub(b, teacher_top, out=scratch[1]).exp_()
+    p = torch.sub(a, top, out=scratch[0]).exp_()
+    return p.mul_(factor).addcmul_(q, teacher_factor, value=-1)
 
 
 def _jsd_slopes(
     a: Tensor,
     b: Tensor,
     scratch: list[Tensor],
-    careful: bool,
     beta: float,
-    factor: Tensor,
     top: Tensor,
     teacher_top: Tensor,
+    factor: Tensor,
     ratio: Tensor,
     centre: Tensor,
 ) -> Tensor:
     """p (log p - log m - centre), with log m as `_jsd_sums` has it"""
-    a = _centred(a, top[:, 0], scratch[0], careful)
-    other_e = torch.exp(torch.sub(b, teacher_top, out=scratch[1]), out=scratch[1])
+    a = _centred(a, top[:, 0], scratch[0])
+    other_e = torch.sub(b, teacher_top, out=scratch[1]).exp_()
     e = torch.exp(a, out=scratch[2])
-    n = _log_mixture(e, other_e, ratio, beta, scratch[1], careful)
+    n = _log_mixture(e, other_e, ratio, beta, scratch[1])
     return a.sub_(n).sub_(centre).mul_(e).mul_(factor)

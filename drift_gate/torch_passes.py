@@ -19,20 +19,20 @@ from torch import Tensor
 
 from . import native
 from .row_chunks import (
-    SAFE_MAXIMUM,
     Piece,
     accumulator,
     chunks,
     cut,
     new_scratch,
-    row_factors,
     rows_at_once,
     scaled,
     sequences,
     spread,
-    within,
 )
 from .threads import share
+
+SAFE_MAXIMUM = 60.0  # exp(60) summed over 2^18 words is still 10^7 times below the largest float32
+SAFE_FACTOR = 1e32  # factors of 1 / this to this meet neither denormals nor infinity
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def _expand(
     out: Tensor,
 ) -> None:
     """out = scale * alpha * softmax(z) in active rows, 0 in the others."""
-    shift, factor = row_factors(maximum, log_sum, alpha, active, scale)
+    shift, factor = _row_factors(maximum, log_sum, alpha, active, scale)
     size = rows_at_once(logits)
     scratch = new_scratch(logits, 1, size)
     tasks: list[_Expansion] = []
@@ -165,6 +165,22 @@ class _Expansion(NamedTuple):
     shift: Piece | None = None  # [rows, 1]
 
 
+def _row_factors(
+    maximum: Tensor, log_sum: Tensor, alpha: Tensor, active: Tensor, scale: float
+) -> tuple[Tensor | None, Tensor]:
+    """(shift, factor), [N, 1], with scale * alpha * softmax(z) = factor * exp(z - shift).
+
+    The shift is None where every active row can do without.
+    """
+    if maximum.is_cpu:
+        factor = (-(maximum.double() + log_sum)).exp_().mul_(alpha).mul_(scale)
+        size = factor.abs()
+        safe = (size >= 1 / SAFE_FACTOR) & (size <= SAFE_FACTOR) & (maximum.abs() <= SAFE_MAXIMUM)
+        if bool((safe | ~active).all()):
+            return None, factor.to(maximum.dtype)[:, None]
+    return maximum[:, None], (-log_sum).exp_().mul_(alpha).mul_(scale)[:, None]
+
+
 def _write_softmax(task: _Expansion, scale: float, block: Tensor) -> None:
     assert task.logits is not None and task.factor is not None
     x, factor = task.logits.read(), task.factor.read()
@@ -191,7 +207,7 @@ def _row_statistics(
     torch.amax(z, -1, out=maximum)
     e = scratch[-1]
     with_entropy = len(scratch) == 2
-    if not with_entropy and x.is_cpu and within(SAFE_MAXIMUM, maximum):
+    if not with_entropy and x.is_cpu and _all_safe(maximum):
         # Divided by the exponential's own value at the maximum, which cancels its rounding: near
         # p = 1 the sum is as exact as with the shift.
         torch.sum(torch.exp(z, out=e), -1, out=total).div_(maximum.exp())
@@ -202,6 +218,11 @@ def _row_statistics(
         # Clamped, -inf times the probability 0 is 0. NaN stays.
         mean = z.clamp_(min=torch.finfo(z.dtype).min).mul_(e).sum(-1).div_(total)
         torch.sub(total.log(), mean, out=entropy)
+
+
+def _all_safe(maximum: Tensor) -> bool:
+    """False for NaN, too."""
+    return all(-SAFE_MAXIMUM <= x <= SAFE_MAXIMUM for x in maximum.tolist())
 
 
 def bad_ids(ids: Tensor, valid: Tensor | None, vocab: int) -> Tensor:
