@@ -15,17 +15,18 @@ class Mutant(NamedTuple):
     interpreted: bool = False  # kernels: the tests run in Triton's interpreter
 
 
-GATE = "tests/test_gate.py tests/test_fuzz.py"
-OPD = "tests/test_opd_loss.py tests/test_reference.py tests/test_fuzz.py"
-PASSES = "tests/test_opd_loss.py tests/test_reference.py tests/test_fuzz.py tests/test_ops.py"
-TOPK = "tests/test_topk_loss.py tests/test_fuzz.py"
-FULL = "tests/test_full_loss.py tests/test_fuzz.py"
+FUZZ = "tests/test_fuzz_found.py tests/test_fuzz.py"
+GATE = f"tests/test_gate.py {FUZZ}"
+OPD = f"tests/test_opd_loss.py tests/test_reference.py {FUZZ}"
+PASSES = f"tests/test_opd_loss.py tests/test_reference.py {FUZZ} tests/test_ops.py"
+TOPK = f"tests/test_topk_loss.py {FUZZ}"
+FULL = f"tests/test_full_loss.py {FUZZ}"
 LINEAR = "tests/test_linear_losses.py tests/test_head_gradients.py tests/test_linear_autograd.py"
 MICRO = "tests/test_micro_batches.py"
 RANKS = "tests/test_ranks.py"
 SHARDS = "tests/test_vocab_parallel.py"
 SPANS = "tests/test_spans.py"
-ARGUMENTS = "tests/test_arguments.py tests/test_fuzz.py"
+ARGUMENTS = f"tests/test_arguments.py {FUZZ}"
 NATIVE = f"tests/test_native.py {FULL} tests/test_full_loss_special.py tests/test_opd_loss.py"
 K_SCAN = "tests/test_kernels_vocabulary.py"
 K_ROWS = "tests/test_kernels_fuzz.py tests/test_kernels_opd.py"
@@ -101,7 +102,7 @@ PYTHON = [
     Mutant("chunk border off by one", CHUNKS, "x.narrow(0, rows[0], n)", "x.narrow(0, max(rows[0] - 1, 0), n)", PASSES),
     Mutant("mask dropped in scan", PASS, "for n, (piece,) in chunks(mask, size, x):", "for n, (piece,) in chunks(None, size, x[: int(mask.sum())]):", PASSES),
     Mutant("alpha and beta swapped", PASS, "a * p + beta)", "beta * p + a)", PASSES),
-    Mutant("duplicates not summed", PASS, "beta = _sum_duplicates(ids, beta)", "pass", "tests/test_topk_loss.py tests/test_fuzz.py tests/test_ops.py"),
+    Mutant("duplicates not summed", PASS, "beta = _sum_duplicates(ids, beta)", "pass", f"{TOPK} tests/test_ops.py"),
     Mutant("scale missing in the gradient", PASS, "torch.where(a == 0, beta, value).mul_(scale)", "torch.where(a == 0, beta, value)", PASSES),
     Mutant("rows without gradient not zeroed", PASS, "tasks += [_Expansion(*pieces) for _, pieces in chunks(off, size, y)]", "pass", PASSES),
     Mutant("ids of invalid rows written", PASS, "(listed if valid is None else listed & valid[:, None])", "(listed)", "tests/test_ops.py -k 'expand or opcheck'"),
