@@ -8,8 +8,10 @@ from torch import Tensor
 
 from .gate import DriftGate
 from .ranks import name_of
-from .scope import Scales, Totals, at_least_one, joined, over_ranks
+from .scope import Scales, Totals, at_least_one, joined, over_ranks, rescaled
 from .weighting import check_gate, gate_and_totals
+
+FURTHEST = 80.0  # nats by which a mean gate may exceed the first; float32 ends at 88
 
 
 class GateNormalizer:
@@ -32,7 +34,9 @@ class GateNormalizer:
     first micro-batch: the first loss is what it would be by itself. A gradient scaler's factor may
     be on the gradients or not; sharded gradients (FSDP2, DTensor) are multiplied where they are.
     With DDP or FSDP pass `group` and `dp_size` to the losses, as without micro-batches. A loss
-    inside a checkpointed region would be collected twice: keep it outside.
+    inside a checkpointed region would be collected twice: keep it outside. A micro-batch whose mean
+    gate is over e^80 times that of the first would overflow: on a CPU the loss raises ValueError,
+    on a GPU it becomes NaN. Such steps want `weights`.
 
     Args:
         gate: as the losses take it; None to accumulate without a gate.
@@ -63,17 +67,18 @@ class GateNormalizer:
             self._counted, self._reference = counted, everyone
             self._gates = self._tokens = self._size = self._loss = zero
         first = self._reference
-        # Until a micro-batch has valid rows, the first is no measure.
+        # Until a micro-batch has valid rows that weigh, the first is no measure.
+        measures = (first.tokens > 0) & (first.log_gate != -torch.inf)
         self._reference = first = Totals(
-            *(torch.where(first.tokens > 0, a, b) for a, b in zip(first, everyone, strict=True))
+            *(torch.where(measures, a, b) for a, b in zip(first, everyone, strict=True))
         )
-        relative = torch.exp(everyone.log_gate - first.log_gate)
-        self._gates = self._gates + everyone.tokens * relative
+        _check_distance(everyone.log_gate, first.log_gate)
+        self._gates = self._gates + everyone.tokens * _quotient(everyone.log_gate, first.log_gate)
         self._tokens = self._tokens + everyone.tokens
         self._size = self._size + everyone.size
         one = torch.ones_like(call.size)
         return Scales(
-            torch.exp(call.log_gate - first.log_gate),
+            _quotient(call.log_gate, first.log_gate),
             at_least_one(call.size) / at_least_one(first.size) if counted else one,
         )
 
@@ -81,18 +86,24 @@ class GateNormalizer:
         """Used by the losses: add a call's loss."""
         self._loss = self._loss + loss.detach().sum()
 
-    def factor(self) -> Tensor:
-        """The number that completes losses and gradients collected so far, a scalar tensor.
+    def gate_factor(self) -> Tensor:
+        """The number that completes weights and per-token losses, a scalar tensor.
 
         Raises ValueError where nothing was collected.
         """
         if self._reference is None:
             raise ValueError("no loss was called with this GateNormalizer since the last step")
-        some = self._tokens > 0
-        gate = torch.where(some, self._tokens / self._gates, 1)
-        if not self._counted:
+        return torch.where(self._tokens > 0, self._tokens / self._gates, 1)
+
+    def factor(self) -> Tensor:
+        """The number that completes losses and gradients collected so far, a scalar tensor.
+
+        Raises ValueError where nothing was collected.
+        """
+        gate = self.gate_factor()
+        if self._reference is None or not self._counted:
             return gate
-        return gate * torch.where(some, self._reference.size / self._size, 1)
+        return gate * torch.where(self._tokens > 0, self._reference.size / self._size, 1)
 
     @torch.no_grad()
     def scale_gradients(self, parameters: Iterable[Tensor] | Tensor) -> Tensor:
@@ -135,9 +146,26 @@ class GateNormalizer:
         if self.gate is None or not micro_batches:
             raise ValueError("weights need a gate and at least one micro-batch")
         found = [gate_and_totals(gate=self.gate, **part) for part in micro_batches]
-        mine = joined(torch.stack([torch.stack(totals) for _, totals in found]))
+        mine = joined(torch.stack([torch.stack(totals) for *_, totals in found]))
         everyone = over_ranks(mine, name_of("group", group))
         return [
-            output.weights * torch.exp(totals.log_gate - everyone.log_gate).to(output.weights.dtype)
-            for output, totals in found
+            rescaled(w, torch.exp(totals.log_gate - everyone.log_gate).to(w.dtype), valid)
+            for w, valid, totals in found
         ]
+
+
+def _check_distance(log_gate: Tensor, log_first: Tensor) -> None:
+    """All ranks see the same, and raise alike."""
+    if log_gate.is_cpu and not torch.compiler.is_compiling():
+        distance = float(log_gate - log_first)
+        if distance > FURTHEST:
+            raise ValueError(
+                f"the mean gate of this micro-batch is e^{distance:.0f} times that of the step's "
+                "first, more than gradients hold: give the losses the weights of "
+                "GateNormalizer.weights as their gate, or put this micro-batch first"
+            )
+
+
+def _quotient(log_gate: Tensor, log_first: Tensor) -> Tensor:
+    """Of two mean gates; 0 where both are."""
+    return torch.where(log_gate == -torch.inf, 0, torch.exp(log_gate - log_first))

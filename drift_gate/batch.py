@@ -25,6 +25,7 @@ from .context_parallel import context_of
 from .gate import DriftGate
 from .gating import Gated, Gating, gated
 from .outputs import LossOutput
+from .ranks import size_of
 from .reduction import Reduction, reduction
 from .scope import Scope, Totals, log_mean_gate, rescale
 from .torch_rows import wide
@@ -125,7 +126,8 @@ def prepare(
         normalizer, rule = gate, gate.gate
     else:
         rule = gate
-    if labels is None and (rule is not None or old_log_probs is not None):
+    by_drift = not (rule is None or isinstance(rule, Tensor))
+    if labels is None and (by_drift or old_log_probs is not None):
         raise ValueError("labels must be a tensor where a gate or old_log_probs are used; got None")
     known = labels is not None
     if labels is None:
@@ -143,12 +145,13 @@ def prepare(
         dp_size=dp_size,
         global_batch_size=global_batch_size,
         loss_scale_factor=loss_scale_factor,
-        layout=layout,
+        length=layout.length if layout.cu_seqlens is None else None,
+        ranks_along=size_of(ranks.context) if ranks.context else 1,
         single=scope.single,
     )
     gating = _gating(
         rule, old_log_probs, span_ids, position_ids, ranks.context, layout, student, backend
-    )
+    )._replace(part=not scope.single)
     mask = flat_mask(response_mask, layout, student.device, "labels")
     ids = flat(labels)
     ignore_index = ignore_index if known else MISSING_LABEL
@@ -261,4 +264,4 @@ def complete(batch: Batch, output: LossOutput) -> LossOutput:
         return output
     call = Totals(*(output.metrics.pop(name) for name in TOTALS))
     counted = batch.reduce.denominator != "given"
-    return rescale(batch.scope, output, call, counted, batch.reduce.none)
+    return rescale(batch.scope, output, batch.valid, call, counted, batch.reduce.none)

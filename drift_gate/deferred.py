@@ -28,6 +28,7 @@ class GateRules(NamedTuple):
     aggregate: str
     tau: float
     normalize: str  # "batch", "sequence", "none", or "off" without a gate
+    part: bool = False  # of a batch larger than the call
 
 
 class RowData(NamedTuple):
@@ -62,6 +63,8 @@ def all_weights(log_probs: Tensor, data: RowData, gate: GateRules, backend: str)
         log_probs, data.old, data.valid, data.spans, data.cu_seqlens, data.length,
         gate.granularity, gate.block_size, gate.aggregate, False, backend,
     )  # fmt: skip
+    if gate.part and gate.normalize == "batch" and gate.tau > 0:
+        blocks = rows.bounded_drift(blocks)
     _, weights, _ = rows.sampled_token(
         log_probs, data.old, None, data.valid, blocks, data.cu_seqlens, data.length, gate.tau,
         gate.normalize, "ppo", 0.2, 0.2, 3.0, None, 1.0, "given", False, backend,
@@ -118,7 +121,10 @@ class DeferredWeights:
         if self.gate.normalize != "batch":
             return torch.ones_like(self.total)
         count = self.data.valid.sum()
-        return torch.where(count > 0, self.total / count, 1)
+        weighs = count > 0
+        if self.gate.part and self.gate.tau > 0:
+            weighs &= self.total != 0  # where all gates are 0 the rest of the batch decides
+        return torch.where(weighs, self.total / count, 1)
 
     def _block_drift(self, at: Rows, log_probs: Tensor) -> Tensor:
         assert self.data.old is not None

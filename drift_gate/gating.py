@@ -21,6 +21,7 @@ class Gating(NamedTuple):
     layout: Layout
     context: Context | None
     backend: str  # resolved
+    part: bool = False  # of a batch larger than the call
 
 
 class Gated(NamedTuple):
@@ -41,7 +42,7 @@ def gated(
     gating: Gating, log_probs: Tensor, old: Tensor | None, valid: Tensor, count: bool
 ) -> Gated:
     """Drift of rows and blocks; `count`: rows and first rows of the sequences are needed too."""
-    gate, weights, spans, layout, context, backend = gating
+    gate, weights, spans, layout, context, backend, part = gating
     first = numbers = given = None
     if context is not None:
         blocks, numbers, given = blocks_over_ranks(context, log_probs, old, valid, spans, gate)
@@ -66,6 +67,8 @@ def gated(
     if gate is None:
         return Gated(blocks, 0.0, "off", drift)
     assert blocks is not None
+    if part and gate.normalize == "batch" and gate.tau > 0:
+        blocks = torch.cat([blocks[:1], rows.bounded_drift(blocks[1:2]), blocks[2:]])
     return Gated(blocks, float(gate.tau), gate.normalize, blocks[0], first, numbers)
 
 

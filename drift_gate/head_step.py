@@ -35,7 +35,7 @@ class Settings(NamedTuple):
     """"sampled", "listed" or "full"."""
     options: list[Any]
     """Of the loss: see `make_loss`."""
-    gate: tuple[str, int, str, float, str]
+    gate: tuple[Any, ...]
     """`GateRules`."""
     softcap: float
     scale: float

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import rows
 from .batch import Batch
+from .deferred import GateRules
 from .gating import gated, unit_weights
 from .head import Inputs, encode
 from .head_step import Settings, attach, head_step
@@ -87,10 +88,11 @@ def settings_of(
 ) -> str:
     """`Settings` of checked arguments, encoded."""
     gate = batch.gating.gate
-    rules = ("token", 1, "mean", 0.0, "off")
+    rules = GateRules("token", 1, "mean", 0.0, "off")
     if gate is not None:
-        rules = (
-            gate.granularity, gate.block_size, gate.aggregate, float(gate.tau), gate.normalize
+        rules = GateRules(
+            gate.granularity, gate.block_size, gate.aggregate, float(gate.tau), gate.normalize,
+            batch.gating.part,
         )  # fmt: skip
     _, _, softcap, scale, shard = inputs.head
     return Settings(

@@ -84,7 +84,7 @@ def opd_loss(
         batch_num_tokens, dp_size, global_batch_size, loss_scale_factor: the caller's denominators
             with verl's meaning, for batches larger than this call. The first and third may be
             tensors of one element. Where None: the valid tokens and the sequences that have any,
-            of this call or of all ranks of `group`, and T.
+            of this call or of all ranks of `group`, and T (of whole sequences).
         group: process group whose ranks share the batch (data parallel, context parallel): gates
             have unit mean over all of its rows, and D is counted over them. The ranks' losses add
             up to that of one process, as do their gradients; where an engine averages them (DDP,

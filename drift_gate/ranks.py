@@ -31,6 +31,11 @@ def name_of(argument: str, group: object) -> str:
     return group.group_name
 
 
+def forget(name: str) -> None:
+    """Drop a group that is no more."""
+    _GROUPS.pop(name, None)
+
+
 def size_of(group: str) -> int:
     """Ranks of a named group."""
     size: int = _GROUPS[group].size()

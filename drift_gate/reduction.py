@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .arguments import Layout, check_number, check_option
+from .arguments import check_number, check_option
 
 LOSS_AGG_MODES = (
     "token-mean",
@@ -35,11 +35,13 @@ def reduction(
     dp_size: int,
     global_batch_size: float | Tensor | None,
     loss_scale_factor: float | None,
-    layout: Layout,
+    length: int | None,
+    ranks_along: int,
     single: bool,
 ) -> Reduction:
     """Translate verl's `agg_loss` arguments; raises ValueError where they do not fit.
 
+    `length`: T of a padded batch, of which so many ranks along the sequence have a part each.
     `single`: the call sees all of the batch, nothing else counts what it does not see.
     """
     check_option("loss_agg_mode", mode, LOSS_AGG_MODES)
@@ -66,12 +68,14 @@ def reduction(
         check_number(name, size, above=0)
         denominator, factor = "given", factor / size
     if mode == "seq-mean-token-sum-norm":
-        if loss_scale_factor is None and layout.cu_seqlens is not None:
+        if loss_scale_factor is not None:
+            check_number("loss_scale_factor", loss_scale_factor, above=0)
+        elif length is not None:
+            loss_scale_factor = max(length * ranks_along, 1)
+        else:
             raise ValueError(
                 'loss_scale_factor must be given with "seq-mean-token-sum-norm" in a packed '
                 "batch (a padded one takes T)"
             )
-        if loss_scale_factor is not None:
-            check_number("loss_scale_factor", loss_scale_factor, above=0)
-        factor = factor / max(layout.length if loss_scale_factor is None else loss_scale_factor, 1)
+        factor = factor / loss_scale_factor
     return Reduction(factor, denominator, mode == "seq-mean-token-mean", divisor)

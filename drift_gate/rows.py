@@ -21,6 +21,17 @@ METRICS = (
 )
 
 
+LARGEST_DRIFT = 2.0**126  # stands for infinity where a call is a part of its batch
+
+
+def bounded_drift(drift: Tensor) -> Tensor:
+    """Block drifts, of which the infinite ones can be told apart from nothing.
+
+    A part of a batch whose gates are all 0 then has weights, which the rest of the batch makes 0.
+    """
+    return drift.clamp(max=LARGEST_DRIFT)
+
+
 def _range_error(name: str, values: Tensor, bad: Tensor, wanted: str) -> ValueError:
     where = bad.nonzero()[0].tolist()
     value = values[tuple(where)].item()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .outputs import LossOutput, Metrics
 from .ranks import gather_ranks
+from .rows import LARGEST_DRIFT
 from .torch_rows import wide
 
 
@@ -59,12 +60,14 @@ class Scope(NamedTuple):
 def log_mean_gate(block_drift: Tensor, weights: Tensor, valid: Tensor, tau: float) -> Tensor:
     """log mean exp(-tau a) of the valid rows [N], from a and the weights of unit mean that it has.
 
-    The row that weighs most tells: w = exp(-tau a) / mean. 0 without a valid row.
+    The row that weighs most tells: w = exp(-tau a) / mean. 0 without a valid row, and -inf where
+    all drifts are infinite (see `rows.bounded_drift`).
     """
     a, w = wide(block_drift), wide(weights)
     lowest = torch.where(valid, a, torch.inf).amin() if len(a) else a.sum()
     largest = torch.where(valid, w, 0).amax() if len(a) else a.sum()
-    return torch.where(valid.any(), -tau * lowest - largest.log(), 0)
+    log_mean = torch.where(lowest == LARGEST_DRIFT, -torch.inf, -tau * lowest - largest.log())
+    return torch.where(valid.any(), log_mean, 0)
 
 
 def joined(parts: Tensor) -> Totals:
@@ -103,22 +106,28 @@ def scaled(metrics: Metrics, gate: Tensor) -> Metrics:
     return metrics | {name: metrics[name] * gate for name in ("gate_min", "gate_max")}
 
 
+def rescaled(x: Tensor, gate: Tensor, valid: Tensor) -> Tensor:
+    """Row data of weights that are multiplied by a number; invalid rows are 0 whatever it is."""
+    return torch.where(valid, x * gate, 0)
+
+
 def rescale(
-    scope: Scope, output: LossOutput, call: Totals, counted: bool, none: bool
+    scope: Scope, output: LossOutput, valid: Tensor, call: Totals, counted: bool, none: bool
 ) -> LossOutput:
     """The output of a call as part of its batch.
 
-    `counted`: D was counted from the call's rows. `none`: the caller reduces, the loss is the
-    per-token losses.
+    `valid` [N]. `counted`: D was counted from the call's rows. `none`: the caller reduces, the loss
+    is the per-token losses.
     """
     gate, size = (x.to(output.gate.dtype) for x in scales(scope, call, counted))
-    token_loss = output.token_loss * gate
+    valid = valid.view(output.gate.shape)
+    token_loss = rescaled(output.token_loss, gate, valid)
     loss = token_loss if none else output.loss * (gate * size)
     if scope.normalizer is not None:
         scope.normalizer.record(loss)
     return output._replace(
         loss=loss,
         token_loss=token_loss,
-        gate=output.gate * gate,
+        gate=rescaled(output.gate, gate, valid),
         metrics=scaled(output.metrics, gate),
     )

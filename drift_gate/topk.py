@@ -69,8 +69,8 @@ def topk_loss(
     the rest of either mass, held above the dtype's epsilon (generalised JSD as in TRL).
 
     Where the support is renormalised the gradient has K entries in a row: the backward writes
-    it without reading the logits. Without labels (and so without a gate) the forward then reads
-    the K entries alone.
+    it without reading the logits. Without labels (and so without a drift: `gate` None, or the
+    weights themselves) the forward then reads the K entries alone.
 
     Args:
         labels, old_log_probs: as in `opd_loss`, for the gate's drift; None is allowed without it.

@@ -13,7 +13,7 @@ from .context_parallel import context_of
 from .gate import DriftGate
 from .gating import Gated, Gating, gated
 from .outputs import GateOutput, Metrics
-from .scope import Scope, Totals, log_mean_gate, scaled, scales
+from .scope import Scope, Totals, log_mean_gate, rescaled, scaled, scales
 from .torch_rows import wide
 
 
@@ -54,7 +54,7 @@ def gate_weights(
         ranks.expect(log_probs)
         rows_ = _check(
             log_probs, old_log_probs, gate, response_mask, cu_seqlens, span_ids, position_ids,
-            ranks.context,
+            ranks.context, bool(ranks.group),
         )  # fmt: skip
         ranks.tell(log_probs.shape, gate=gate)
     output, found = _weigh(rows_)
@@ -62,21 +62,25 @@ def gate_weights(
         return output
     call = _totals(rows_, found, output.weights)
     scale = scales(Scope(ranks.group), call, False).gate.to(output.weights.dtype)
-    return output._replace(weights=output.weights * scale, metrics=scaled(output.metrics, scale))
+    valid = rows_.valid.view(output.weights.shape)
+    return output._replace(
+        weights=rescaled(output.weights, scale, valid), metrics=scaled(output.metrics, scale)
+    )
 
 
 def gate_and_totals(
     log_probs: Tensor, old_log_probs: Tensor, gate: DriftGate, **options: Any
-) -> tuple[GateOutput, Totals]:
-    """`gate_weights` of one call, and what else is needed to join it with others."""
+) -> tuple[Tensor, Tensor, Totals]:
+    """Weights and validity of one call, and what else is needed to join it with others."""
     names = "response_mask", "cu_seqlens", "span_ids"
     unknown = set(options) - set(names)
     if unknown:
         raise TypeError(f"micro_batches must hold arguments of gate_weights; got {sorted(unknown)}")
     mask, borders, spans = (options.get(name) for name in names)
-    rows_ = _check(log_probs, old_log_probs, gate, mask, borders, spans, None, "")
+    rows_ = _check(log_probs, old_log_probs, gate, mask, borders, spans, None, "", True)
     output, found = _weigh(rows_)
-    return output, _totals(rows_, found, output.weights)
+    valid = rows_.valid.view(output.weights.shape)
+    return output.weights, valid, _totals(rows_, found, output.weights)
 
 
 class _Rows(NamedTuple):
@@ -97,6 +101,7 @@ def _check(
     span_ids: Tensor | None,
     position_ids: Tensor | None,
     context_group: str,
+    part: bool,
 ) -> _Rows:
     check_floating("log_probs", log_probs)
     check_floating("old_log_probs", old_log_probs)
@@ -109,7 +114,7 @@ def _check(
     context = context_of(position_ids, context_group, layout, device, "log_probs")
     dtype = torch.promote_types(log_probs.dtype, torch.float32)
     new, old = flat(log_probs, dtype), flat(old_log_probs, dtype)
-    gating = Gating(gate, None, spans, layout, context, resolve("auto", new))
+    gating = Gating(gate, None, spans, layout, context, resolve("auto", new), part)
     no_labels = torch.zeros_like(new, dtype=torch.int32)
     on_cpu = device.type == "cpu"
     valid = rows.valid_rows(no_labels, mask, layout.cu_seqlens, -1, 1, on_cpu)

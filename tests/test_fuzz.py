@@ -13,8 +13,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from drift_gate import cli, native, opd_loss, spans, torch_passes, torch_rows
-from drift_gate.fuzz import run, verdict
+from drift_gate import (
+    GateNormalizer,
+    cli,
+    native,
+    opd_loss,
+    ranks,
+    scope,
+    spans,
+    torch_passes,
+    torch_rows,
+    vocab_parallel,
+)
+from drift_gate.fuzz import local_ranks, run, verdict
 from drift_gate.fuzz.choices import Choices
 from drift_gate.fuzz.functions import FUNCTIONS, Function, opd
 from drift_gate.fuzz.options import Student, draw_student
@@ -158,6 +169,42 @@ def test_spans_are_compared_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spans, "_cut", lambda span, low, high: cut(span, low, high + 1))
     case = {"function": "newline_spans", "rows": 33, "min_length": 2, "max_length": 1}
     assert "differs from the reference" in _fails(case)
+
+
+PARTS = {
+    "rows": {"ranks": 2},
+    "positions": {"ranks": 2, "ranks share": "positions", "positions": "striped"},
+    "words": {"ranks": 3, "ranks share": "words"},
+    "micro-batches": {"micro-batches": 2},
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_a_fault_between_parts_is_seen(
+    monkeypatch: pytest.MonkeyPatch, parts: dict[str, Any]
+) -> None:
+    case = {"function": "opd_loss", "batch": "padded", "sequences": 3, "length": 2, "vocab": 11}
+    assert run.replay(case | parts, "torch", CPU) is None
+    combine = vocab_parallel.combine
+
+    def shifted(parts: Any, local: Any, bad: Any, group: str) -> Any:
+        found, log_probs, *rest = combine(parts, local, bad, group)
+        return found, log_probs + 1e-3, *rest
+
+    monkeypatch.setattr(vocab_parallel, "combine", shifted)
+    monkeypatch.setattr(scope, "over_ranks", lambda call, group: call)
+    monkeypatch.setattr(GateNormalizer, "factor", lambda self: torch.ones(()))
+    assert "loss" in _fails(case | parts)
+
+
+def test_ranks_as_threads_fail_together() -> None:
+    def work(rank: int, group: Any) -> None:
+        if rank == 1:
+            raise ValueError("of rank 1")
+        scope.over_ranks(scope.Totals(*torch.ones(3)), ranks.name_of("group", group))
+
+    with pytest.raises(ValueError, match="of rank 1"):
+        local_ranks.run_ranks(3, work)
 
 
 def linear_student(choose: Choices) -> Student:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -210,3 +211,36 @@ def test_wrong_use():
         run_part(whole, "opd", False, whole.weight, torch.ones(3))
     with pytest.raises(TypeError, match="gate must be a floating-point tensor"):
         run_part(whole, "opd", False, whole.weight, whole.labels)
+
+
+def test_a_mean_gate_far_above_the_first():
+    """The first is the unit in which gradients are summed: what is far above would overflow."""
+    whole, gate = draw_whole(6), dg.DriftGate("token", tau=500.0)
+    first, second = cut(whole, 2)
+    far = dataclasses.replace(first, old=first.old + 10)
+    normalizer = dg.GateNormalizer(gate)
+    run_part(far, "opd", False, whole.weight, normalizer)
+    with pytest.raises(ValueError, match="GateNormalizer.weights"):
+        run_part(second, "opd", False, whole.weight, normalizer)
+    assert_same(
+        divided([second, far], "opd", False, gate),
+        undivided(joined(second, far), "opd", False, gate),
+    )
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_micro_batch_whose_every_drift_is_infinite(linear: bool):
+    """It weighs nothing, and is no unit for the others, whichever comes first."""
+    first, second = cut(draw_whole(7), 2)
+    nothing = dataclasses.replace(first, old=torch.full_like(first.old, -torch.inf))
+    for parts in ([nothing, second], [second, nothing]):
+        for gate in (GATES["blocks"], GATES["spans, rms"]):
+            assert_same(
+                divided(parts, "topk", linear, gate),
+                undivided(joined(*parts), "topk", linear, gate),
+            )
+
+
+def joined(first: Whole, second: Whole) -> Whole:
+    rows = {k: torch.cat([x, second.rows()[k]]) for k, x in first.rows().items()}
+    return dataclasses.replace(first, **rows)

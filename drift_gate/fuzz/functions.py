@@ -27,6 +27,7 @@ from . import without_logits
 from .choices import Choices
 from .heads import draw_headed, headed, known_log_probs, two_heads
 from .options import Arguments, Asked, Rows, Student, draw_gated, draw_rows, draw_student, row_data
+from .parts import divided, in_parts, undivided
 from .shapes import place
 from .values import draw_dtype, draw_logits, draw_specials
 
@@ -171,22 +172,35 @@ def _unpacked_head(choose: Choices) -> Student:
     return draw_headed(choose, ("flat", "padded"))
 
 
+ROWS = "rows", "positions"
+LOGITS = *ROWS, "words"
+
 FUNCTIONS: dict[str, Function] = {
-    "opd_loss": Function(opd_loss, opd),
-    "topk_loss": Function(topk_loss, topk),
-    "full_loss": Function(full_loss, full),
-    "token_log_probs": Function(token_log_probs, log_probs, _unpacked),
-    "gather_lse": Function(gather_lse, lse, _unpacked),
-    "linear_opd_loss": Function(linear_opd_loss, headed(opd), draw_headed),
-    "linear_topk_loss": Function(linear_topk_loss, known_log_probs(headed(topk)), draw_headed),
-    "linear_full_loss": Function(linear_full_loss, two_heads(headed(full)), draw_headed),
+    "opd_loss": Function(in_parts(opd_loss), divided(opd, LOGITS, steps=True)),
+    "topk_loss": Function(in_parts(topk_loss), divided(topk, LOGITS, steps=True)),
+    "full_loss": Function(in_parts(full_loss), divided(full, ROWS, steps=True)),
+    "token_log_probs": Function(
+        in_parts(token_log_probs), divided(log_probs, ("words",)), _unpacked
+    ),
+    "gather_lse": Function(in_parts(gather_lse), divided(lse, ("words",)), _unpacked),
+    "linear_opd_loss": Function(
+        in_parts(linear_opd_loss), divided(headed(opd), ROWS, steps=True), draw_headed
+    ),
+    "linear_topk_loss": Function(
+        in_parts(linear_topk_loss),
+        divided(known_log_probs(headed(topk)), ROWS, steps=True),
+        draw_headed,
+    ),
+    "linear_full_loss": Function(
+        in_parts(linear_full_loss), divided(two_heads(headed(full)), ROWS, steps=True), draw_headed
+    ),
     "linear_token_log_probs": Function(linear_token_log_probs, headed(log_probs), _unpacked_head),
     "linear_gather_lse": Function(linear_gather_lse, lse, _unpacked_head),
     "gate_weights": Function(
-        gate_weights,
-        without_logits.gate_rest,
+        in_parts(gate_weights),
+        divided(without_logits.gate_rest, ROWS),
         without_logits.draw_positions,
-        without_logits.reference_gate_weights,
+        undivided(without_logits.reference_gate_weights),
     ),
     "newline_spans": Function(
         newline_spans,

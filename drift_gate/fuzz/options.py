@@ -152,8 +152,9 @@ def draw_reduction(choose: Choices, shape: Shape) -> Arguments:
         options["global_batch_size" if mode.startswith("seq-") else "batch_num_tokens"] = size
         options["dp_size"] = choose("dp_size", (1, 4))
     packed = shape.cu_seqlens is not None
-    if mode == "seq-mean-token-sum-norm" and (packed or choose.flag("loss_scale_factor")):
-        options["loss_scale_factor"] = 11.0
+    if mode == "seq-mean-token-sum-norm":
+        own = choose("loss_scale_factor", (11.0, 0.5) if packed else (None, 11.0, 0.5))
+        options["loss_scale_factor"] = own
     return options
 
 
@@ -161,13 +162,16 @@ def draw_gated(choose: Choices, student: Student, rows: Rows, *, ungated: bool) 
     """What every loss takes beside its teacher; `ungated` allows no old log-probs."""
     shape = student.shape
     arguments = {**student.arguments, **rows.arguments, **draw_reduction(choose, shape)}
-    gate = None
-    if not choose.flag("no gate"):
+    gate: DriftGate | Tensor | None = None
+    if choose.flag("weights as gate"):
+        weights = 2 * torch.rand(shape.lead, generator=choose.generator)
+        gate = row_data(choose, "weights", weights, rows, student.dtype)
+    elif not choose.flag("no gate"):
         gate, spans = draw_gate(choose, shape)
         arguments |= spans
     arguments["gate"] = gate
     arguments["old_log_probs"] = None
-    if gate is not None or not (ungated and choose.flag("no old log-probs")):
+    if isinstance(gate, DriftGate) or not (ungated and choose.flag("no old log-probs")):
         old = draw_old(choose, rows.log_probs)
         arguments["old_log_probs"] = row_data(choose, "old_log_probs", old, rows, student.dtype)
     arguments["return_entropy"] = choose.flag("return_entropy")
