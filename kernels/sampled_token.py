@@ -57,6 +57,25 @@ def _gate_mean(block_drift, valid, lo, hi, tau, TILE: tl.constexpr):
 
 
 @triton.jit
+def _unit(gates, valid, n_rows, tau, GIVEN: tl.constexpr, TILE: tl.constexpr):
+    """The largest weight that has no unit mean: squares of smaller ones may be none of float32's.
+
+    1 where it is none itself. gates: [N] the weights, or else block drifts.
+    """
+    lane = tl.arange(0, TILE)
+    largest = tl.zeros([TILE], tl.float32)
+    for start in range(0, n_rows, TILE):
+        live = tl.load(valid + start + lane, mask=start + lane < n_rows, other=0) != 0
+        gate = tl.load(gates + start + lane, mask=live, other=0.0)
+        if not GIVEN:
+            gate = tl.exp(-tau * gate)
+        largest = tl.maximum(largest, tl.where(live, gate, 0.0))
+    unit = tl.max(largest, 0)
+    TINY_: tl.constexpr = TINY
+    return tl.where(unit < TINY_, 1.0, unit)
+
+
+@triton.jit
 def _count(flags, n_rows, TILE: tl.constexpr):
     """Sum of float or integer flags [N]."""
     lane = tl.arange(0, TILE)
@@ -160,19 +179,12 @@ def _store_metrics(
     drift,
     clipped,
     kl,
-    ANY_SIZE: tl.constexpr,
+    unit,  # of the weights, whose squares are summed
 ):
     """Reduce the lanes' sums over the valid rows, in the order of METRICS."""
     over = 1.0 / tl.maximum(n_valid, 1.0)
     total = tl.sum(weight, 0)
     largest = tl.max(weight_max, 0)
-    if ANY_SIZE:  # the squares are of shares of each lane's largest
-        TINY_: tl.constexpr = TINY
-        unit = tl.where(largest < TINY_, 1.0, largest)
-        moved = weight_max / unit
-        square *= moved * moved
-    else:
-        unit = 1.0
     squares = tl.sum(square, 0)
     share = total / unit
     tl.store(metrics_out + 0, tl.sum(raw, 0) * over)
@@ -221,13 +233,14 @@ def _sampled_token(
         factor = factor / tl.maximum(n_valid, 1.0)
     elif DENOMINATOR == "sequences":
         factor = factor / tl.maximum(_count(blocks + 3 * n_rows, n_rows, TILE), 1.0)
-    # Weights that have no unit mean may be so small that their squares are none of float32's.
-    ANY_SIZE: tl.constexpr = GATE == "none" or GATE == "given"
-    TINY_: tl.constexpr = TINY
     shift = 0.0
     mean = 1.0
+    unit = 1.0
     if GATE == "batch":
         shift, mean = _gate_mean(blocks + n_rows, valid, 0, n_rows, tau, TILE)
+    elif GATE == "none" or GATE == "given":
+        unit = _unit(blocks + n_rows, valid, n_rows, tau, GATE == "given", TILE)
+    inverse = 1.0 / unit
 
     loss_sum = tl.zeros([TILE], tl.float32)
     raw_sum = tl.zeros([TILE], tl.float32)
@@ -275,15 +288,10 @@ def _sampled_token(
                 drift = tl.where(live, old - new, 0.0)
             raw_sum += tl.where(live, raw, 0.0)
             weight_sum += weight
-            largest = tl.maximum(weight_max, weight)
-            if ANY_SIZE:
-                inverse = 1.0 / tl.where(largest < TINY_, 1.0, largest)
-                moved, share = weight_max * inverse, weight * inverse
-                square_sum = square_sum * moved * moved + share * share
-            else:
-                square_sum += weight * weight
+            share = weight * inverse
+            square_sum += share * share
             weight_min = tl.minimum(weight_min, tl.where(live, weight, float("inf")))
-            weight_max = largest
+            weight_max = tl.maximum(weight_max, weight)
             drift_sum += drift
             drift_abs += tl.abs(drift)
             kl_sum += tl.clamp(drift, -20.0, 20.0, propagate_nan=tl.PropagateNan.ALL)
@@ -309,7 +317,7 @@ def _sampled_token(
     tl.store(loss_out, tl.sum(loss_sum, 0))
     _store_metrics(
         metrics_out, n_valid, raw_sum, weight_sum, square_sum, weight_min, weight_max,
-        drift_abs, drift_sum, clipped_sum, kl_sum, ANY_SIZE,
+        drift_abs, drift_sum, clipped_sum, kl_sum, unit,
     )  # fmt: skip
 
 
