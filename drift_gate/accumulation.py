@@ -63,22 +63,22 @@ class GateNormalizer:
                 "denominator (batch_num_tokens, global_batch_size, token-sum), others counted it"
             )
         if self._reference is None or self._counted is None:
-            zero = torch.zeros_like(everyone.log_gate)
+            zero = torch.zeros_like(everyone.peak)
             self._counted, self._reference = counted, everyone
             self._gates = self._tokens = self._size = self._loss = zero
         first = self._reference
         # Until a micro-batch has valid rows that weigh, the first is no measure.
-        measures = (first.tokens > 0) & (first.log_gate != -torch.inf)
+        measures = (first.tokens > 0) & (first.peak != -torch.inf)
         self._reference = first = Totals(
             *(torch.where(measures, a, b) for a, b in zip(first, everyone, strict=True))
         )
-        _check_distance(everyone.log_gate, first.log_gate)
-        self._gates = self._gates + everyone.tokens * _quotient(everyone.log_gate, first.log_gate)
+        _check_distance(everyone, first)
+        self._gates = self._gates + everyone.tokens * _quotient(everyone, first)
         self._tokens = self._tokens + everyone.tokens
         self._size = self._size + everyone.size
         one = torch.ones_like(call.size)
         return Scales(
-            _quotient(call.log_gate, first.log_gate),
+            _quotient(call, first),
             at_least_one(call.size) / at_least_one(first.size) if counted else one,
         )
 
@@ -149,15 +149,15 @@ class GateNormalizer:
         mine = joined(torch.stack([torch.stack(totals) for *_, totals in found]))
         everyone = over_ranks(mine, name_of("group", group))
         return [
-            rescaled(w, torch.exp(totals.log_gate - everyone.log_gate).to(w.dtype), valid)
+            rescaled(w, torch.exp(totals.log_quotient(everyone)).to(w.dtype), valid)
             for w, valid, totals in found
         ]
 
 
-def _check_distance(log_gate: Tensor, log_first: Tensor) -> None:
+def _check_distance(found: Totals, first: Totals) -> None:
     """All ranks see the same, and raise alike."""
-    if log_gate.is_cpu and not torch.compiler.is_compiling():
-        distance = float(log_gate - log_first)
+    if found.peak.is_cpu and not torch.compiler.is_compiling():
+        distance = float(found.log_quotient(first))
         if distance > FURTHEST:
             raise ValueError(
                 f"the mean gate of this micro-batch is e^{distance:.0f} times that of the step's "
@@ -166,6 +166,6 @@ def _check_distance(log_gate: Tensor, log_first: Tensor) -> None:
             )
 
 
-def _quotient(log_gate: Tensor, log_first: Tensor) -> Tensor:
-    """Of two mean gates; 0 where both are."""
-    return torch.where(log_gate == -torch.inf, 0, torch.exp(log_gate - log_first))
+def _quotient(found: Totals, first: Totals) -> Tensor:
+    """Of the mean gates; 0 where both are."""
+    return torch.where(found.peak == -torch.inf, 0, torch.exp(found.log_quotient(first)))

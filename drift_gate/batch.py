@@ -27,7 +27,7 @@ from .gating import Gated, Gating, gated
 from .outputs import LossOutput
 from .ranks import size_of
 from .reduction import Reduction, reduction
-from .scope import Scope, Totals, log_mean_gate, rescale
+from .scope import Scope, Totals, mean_gate, rescale
 from .torch_rows import wide
 from .vocab_parallel import Shard
 from .weighting import check_gate, named
@@ -248,14 +248,15 @@ TOTALS = tuple(f"call {name}" for name in Totals._fields)
 
 def _totals(batch: Batch, found: Gated, weights: Tensor) -> Totals:
     tokens = wide(batch.valid.sum().to(weights.dtype))
-    size, log_gate = tokens, torch.zeros_like(tokens)
+    size = tokens
+    peak = log_mean = torch.zeros_like(tokens)
     if batch.reduce.denominator == "sequences":
         assert found.blocks is not None
         size = wide(found.blocks[3].sum())
     if found.normalize == "batch":
         assert found.blocks is not None
-        log_gate = log_mean_gate(found.blocks[1], weights, batch.valid, found.tau)
-    return Totals(log_gate, tokens, size)
+        peak, log_mean = mean_gate(found.blocks[1], weights, batch.valid, found.tau)
+    return Totals(peak, log_mean, tokens, size)
 
 
 def complete(batch: Batch, output: LossOutput) -> LossOutput:

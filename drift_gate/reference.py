@@ -261,10 +261,11 @@ def totals(batch: Batch, metrics: Metrics) -> Metrics:
     if batch.reduce.denominator == "sequences":
         some = [valid[rows].any() for rows in sequences_of(batch.layout)]
         size = torch.stack(some).sum().double()
-    log_gate = torch.zeros_like(tokens)
+    log_mean = torch.zeros_like(tokens)
     if gate is not None and gate.normalize == "batch" and valid.any():
-        log_gate = metrics["gate_mean_raw"].double().log()
-    return dict(zip(TOTALS, (log_gate, tokens, size), strict=True))
+        log_mean = metrics["gate_mean_raw"].double().log()
+    peak = torch.zeros_like(tokens)
+    return dict(zip(TOTALS, (peak, log_mean, tokens, size), strict=True))
 
 
 def finish(

@@ -21,13 +21,23 @@ from .torch_rows import wide
 
 
 class Totals(NamedTuple):
-    """Of the valid rows of a call or of all ranks; float64 scalars (else float32)."""
+    """Of the valid rows of a call or of all ranks; float64 scalars (else float32).
 
-    log_gate: Tensor
-    """Logarithm of the mean of the raw gates exp(-tau a); 0 where the unit mean is not theirs."""
+    The mean of the raw gates exp(-tau a) is exp(peak + log_mean). The two are kept apart: a peak of
+    1e30 would lose the digits of the other.
+    """
+
+    peak: Tensor
+    """Logarithm of the largest gate; -inf where all are 0, 0 where no mean is asked for."""
+    log_mean: Tensor
+    """Logarithm of the mean gate over the largest."""
     tokens: Tensor
     size: Tensor
     """What divides the loss where it is counted: the valid tokens, or the sequences with any."""
+
+    def log_quotient(self, other: "Totals") -> Tensor:
+        """Of the mean gates."""
+        return (self.peak - other.peak) + (self.log_mean - other.log_mean)
 
 
 class Scales(NamedTuple):
@@ -57,31 +67,35 @@ class Scope(NamedTuple):
         return not self.group and self.normalizer is None
 
 
-def log_mean_gate(block_drift: Tensor, weights: Tensor, valid: Tensor, tau: float) -> Tensor:
-    """log mean exp(-tau a) of the valid rows [N], from a and the weights of unit mean that it has.
+def mean_gate(
+    block_drift: Tensor, weights: Tensor, valid: Tensor, tau: float
+) -> tuple[Tensor, Tensor]:
+    """`peak` and `log_mean` of the valid rows [N], from a and the weights of unit mean it has.
 
-    The row that weighs most tells: w = exp(-tau a) / mean. 0 without a valid row, and -inf where
-    all drifts are infinite (see `rows.bounded_drift`).
+    The row that weighs most tells: w = exp(-tau a) / mean. 0 without a valid row. The peak is -inf
+    where all drifts are infinite (see `rows.bounded_drift`).
     """
     a, w = wide(block_drift), wide(weights)
     lowest = torch.where(valid, a, torch.inf).amin() if len(a) else a.sum()
     largest = torch.where(valid, w, 0).amax() if len(a) else a.sum()
-    log_mean = torch.where(lowest == LARGEST_DRIFT, -torch.inf, -tau * lowest - largest.log())
-    return torch.where(valid.any(), log_mean, 0)
+    peak = torch.where(lowest == LARGEST_DRIFT, -torch.inf, -tau * lowest)
+    some = valid.any()
+    return torch.where(some, peak, 0), torch.where(some, -largest.log(), 0)
 
 
 def joined(parts: Tensor) -> Totals:
-    """Totals of several parts of a batch, given as [parts, 3]."""
-    log_gates, tokens, sizes = parts.unbind(-1)
-    # Weighed by tokens; a part without any has no say.
-    weighed = torch.where(tokens > 0, log_gates + tokens.log(), -torch.inf)
+    """Totals of several parts of a batch, given as [parts, 4]."""
+    peaks, log_means, tokens, sizes = parts.unbind(-1)
+    some = tokens > 0  # a part without any has no say
+    peak = torch.where(some, peaks, -torch.inf).amax()
+    weighed = torch.where(some, (peaks - peak) + log_means + tokens.log(), -torch.inf)
     total = tokens.sum()
-    log_gate = torch.where(total > 0, weighed.logsumexp(0) - total.log(), 0)
-    return Totals(log_gate, total, sizes.sum())
+    log_mean = torch.where(total > 0, weighed.logsumexp(0) - total.log(), 0)
+    return Totals(torch.where(total > 0, peak, 0), log_mean, total, sizes.sum())
 
 
 def over_ranks(call: Totals, group: str) -> Totals:
-    """The totals of all ranks of a group: one collective of three numbers a rank."""
+    """The totals of all ranks of a group: one collective of four numbers a rank."""
     return joined(gather_ranks(torch.stack(call), group)) if group else call
 
 
@@ -98,7 +112,7 @@ def scales(scope: Scope, call: Totals, counted: bool) -> Scales:
     size = torch.ones_like(call.size)
     if counted:
         size = at_least_one(call.size) / at_least_one(everyone.size)
-    return Scales(torch.exp(call.log_gate - everyone.log_gate), size)
+    return Scales(torch.exp(call.log_quotient(everyone)), size)
 
 
 def scaled(metrics: Metrics, gate: Tensor) -> Metrics:

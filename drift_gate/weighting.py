@@ -13,7 +13,7 @@ from .context_parallel import context_of
 from .gate import DriftGate
 from .gating import Gated, Gating, gated
 from .outputs import GateOutput, Metrics
-from .scope import Scope, Totals, log_mean_gate, rescaled, scaled, scales
+from .scope import Scope, Totals, mean_gate, rescaled, scaled, scales
 from .torch_rows import wide
 
 
@@ -146,11 +146,11 @@ def _weigh(checked: _Rows) -> tuple[GateOutput, Gated]:
 def _totals(checked: _Rows, found: Gated, weights: Tensor) -> Totals:
     """What takes weights of unit mean over the call to unit mean over more."""
     tokens = wide(checked.valid.sum().to(weights.dtype))
-    log_gate = torch.zeros_like(tokens)
+    peak = log_mean = torch.zeros_like(tokens)
     if found.normalize == "batch":
         assert found.blocks is not None
-        log_gate = log_mean_gate(found.blocks[1], flat(weights), checked.valid, found.tau)
-    return Totals(log_gate, tokens, tokens)
+        peak, log_mean = mean_gate(found.blocks[1], flat(weights), checked.valid, found.tau)
+    return Totals(peak, log_mean, tokens, tokens)
 
 
 def check_gate(gate: DriftGate) -> DriftGate:

@@ -201,7 +201,7 @@ def test_ranks_as_threads_fail_together() -> None:
     def work(rank: int, group: Any) -> None:
         if rank == 1:
             raise ValueError("of rank 1")
-        scope.over_ranks(scope.Totals(*torch.ones(3)), ranks.name_of("group", group))
+        scope.over_ranks(scope.Totals(*torch.ones(4)), ranks.name_of("group", group))
 
     with pytest.raises(ValueError, match="of rank 1"):
         local_ranks.run_ranks(3, work)

@@ -326,6 +326,16 @@ FOUND = {
         "micro-batches": 2,
         "seed": 2,
     },
+    "a mean gate of exp(-1e30), whose digits its logarithm lost": {
+        "function": "gate_weights",
+        "batch": "padded",
+        "sequences": 2,
+        "length": 3,
+        "seed": 1,
+        "granularity": "sequence",
+        "drift": "1e30",
+        "ranks": 2,
+    },
 }
 
 

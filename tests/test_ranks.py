@@ -308,10 +308,10 @@ def counted_bytes(rank: int, ranks: int) -> list[int]:
 
 
 def test_bytes_on_the_wire():
-    """32 bytes of a rank for the gate (8 of them the meeting's), 48 a position for cut blocks."""
+    """40 bytes of a rank for the gate (8 of them the meeting's), 48 a position for cut blocks."""
     for rows, cut, n in of_ranks(2, counted_bytes):
-        assert rows == 32
-        assert cut == 32 + 8 + 48 * n
+        assert rows == 40
+        assert cut == 40 + 8 + 48 * n
 
 
 def troubles(rank: int, ranks: int) -> list[str]:
