@@ -187,7 +187,8 @@ def _metrics(raw: Tensor, weight: Tensor, drift: Tensor, clipped: Tensor, valid:
     zero = torch.zeros_like(over)
     some = weight.shape[0] > 0
     lowest = torch.where(valid, weight, torch.inf).min() if some else zero
-    largest = weight.max() if some else zero
+    largest = torch.where(valid, weight, -torch.inf).max() if some else zero
+    largest = torch.where(n > 0, largest, zero)
     # Of the largest: the squares of small weights may be too small for their dtype.
     share = weight / torch.where(largest == 0, 1, largest)
     total, square = share.sum(), share.square().sum()

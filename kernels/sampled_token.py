@@ -184,7 +184,7 @@ def _store_metrics(
     """Reduce the lanes' sums over the valid rows, in the order of METRICS."""
     over = 1.0 / tl.maximum(n_valid, 1.0)
     total = tl.sum(weight, 0)
-    largest = tl.max(weight_max, 0)
+    largest = tl.where(n_valid > 0.0, tl.max(weight_max, 0), 0.0)
     squares = tl.sum(square, 0)
     share = total / unit
     tl.store(metrics_out + 0, tl.sum(raw, 0) * over)
@@ -251,7 +251,7 @@ def _sampled_token(
     clipped_sum = tl.zeros([TILE], tl.float32)
     kl_sum = tl.zeros([TILE], tl.float32)
     weight_min = tl.full([TILE], float("inf"), tl.float32)
-    weight_max = tl.zeros([TILE], tl.float32)
+    weight_max = tl.full([TILE], float("-inf"), tl.float32)
 
     for group in range(0, n_sequences if GATE == "sequence" else 1):
         lo = 0
@@ -291,7 +291,7 @@ def _sampled_token(
             share = weight * inverse
             square_sum += share * share
             weight_min = tl.minimum(weight_min, tl.where(live, weight, float("inf")))
-            weight_max = tl.maximum(weight_max, weight)
+            weight_max = tl.maximum(weight_max, tl.where(live, weight, float("-inf")))
             drift_sum += drift
             drift_abs += tl.abs(drift)
             kl_sum += tl.clamp(drift, -20.0, 20.0, propagate_nan=tl.PropagateNan.ALL)

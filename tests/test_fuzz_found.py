@@ -276,6 +276,14 @@ FOUND = {
         "no old log-probs": True,
         "no labels": True,
     },
+    "the largest of weights below 0": {
+        "function": "topk_loss",
+        "rows": 2,
+        "vocab": 3,
+        "mask": "late",
+        "weights as gate": True,
+        "negative weights": True,
+    },
     "T of sequences cut over ranks": {
         "function": "opd_loss",
         "batch": "padded",

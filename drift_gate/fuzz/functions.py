@@ -70,6 +70,9 @@ def _labels_optional(choose: Choices, student: Student) -> tuple[Rows, Arguments
         mask = rows.arguments.get("response_mask")
         valid = torch.ones_like(rows.valid) if mask is None else mask.cpu().bool()
         arguments["labels"] = None
+        if isinstance(arguments["gate"], torch.Tensor):  # what was ignored with its label is not
+            known = rows.valid.to(choose.device)
+            arguments["gate"] = torch.where(known, arguments["gate"], 0.5)
         rows = rows._replace(valid=valid)
     return rows, arguments
 

@@ -165,6 +165,7 @@ def draw_gated(choose: Choices, student: Student, rows: Rows, *, ungated: bool) 
     gate: DriftGate | Tensor | None = None
     if choose.flag("weights as gate"):
         weights = 2 * torch.rand(shape.lead, generator=choose.generator)
+        weights = -weights if choose.flag("negative weights") else weights
         gate = row_data(choose, "weights", weights, rows, student.dtype)
     elif not choose.flag("no gate"):
         gate, spans = draw_gate(choose, shape)
