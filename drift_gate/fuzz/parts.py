@@ -2,8 +2,9 @@
 
 Ranks share rows, positions of the same sequences, or words. The parts run the function with what
 belongs to them, and their results are put together; the reference takes the undivided batch.
-Ranks are threads (see `local_ranks`): the gradient of hidden states over sharded words meets the
-other ranks in the backward, which runs in one thread here, and is left to `tests/test_ranks.py`.
+Ranks are threads (see `local_ranks`). The gradient of hidden states over sharded words meets the
+other ranks in the backward, which runs in one thread here: it is left to
+`tests/test_vocab_parallel.py`.
 """
 
 from collections.abc import Callable, Mapping
