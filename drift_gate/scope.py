@@ -36,8 +36,9 @@ class Totals(NamedTuple):
     """What divides the loss where it is counted: the valid tokens, or the sequences with any."""
 
     def log_quotient(self, other: "Totals") -> Tensor:
-        """Of the mean gates."""
-        return (self.peak - other.peak) + (self.log_mean - other.log_mean)
+        """Of the mean gates; 0 where there are no rows of which one could be."""
+        between = (self.peak - other.peak) + (self.log_mean - other.log_mean)
+        return torch.where(self.tokens > 0, between, 0)
 
 
 class Scales(NamedTuple):

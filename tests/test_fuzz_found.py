@@ -344,6 +344,13 @@ FOUND = {
         "drift": "1e30",
         "ranks": 2,
     },
+    "a rank without rows beside a mean gate of exp(-1e30)": {
+        "function": "linear_topk_loss",
+        "batch": "padded",
+        "mask": "some",
+        "drift": "1e30",
+        "ranks": 2,
+    },
 }
 
 

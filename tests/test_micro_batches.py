@@ -241,6 +241,15 @@ def test_a_micro_batch_whose_every_drift_is_infinite(linear: bool):
             )
 
 
+def test_a_micro_batch_without_rows_is_far_from_none():
+    """Its mean gate is none: it stands above no other, however small those are."""
+    whole, gate = draw_whole(8), dg.DriftGate("token", tau=500.0)
+    far = dataclasses.replace(whole, old=whole.old + 10)
+    empty = dataclasses.replace(whole, mask=torch.zeros_like(whole.mask))
+    for parts in ([far, empty], [empty, far]):
+        assert_same(divided(parts, "opd", False, gate), undivided(far, "opd", False, gate))
+
+
 def joined(first: Whole, second: Whole) -> Whole:
     rows = {k: torch.cat([x, second.rows()[k]]) for k, x in first.rows().items()}
     return dataclasses.replace(first, **rows)

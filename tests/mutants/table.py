@@ -141,6 +141,7 @@ PYTHON = [
     Mutant("ranks not weighed by tokens", "drift_gate/scope.py", "log_means + tokens.log()", "log_means", RANKS + " tests/test_micro_batches.py"),
     Mutant("a rank's own denominator", "drift_gate/scope.py", "    if counted:\n", "    if False:\n", RANKS),
     Mutant("per-token losses by the rank's gate", "drift_gate/scope.py", "rescaled(output.token_loss, gate, valid)", "output.token_loss", MICRO),
+    Mutant("a mean gate of no rows", "drift_gate/scope.py", "torch.where(self.tokens > 0, between, 0)", "between", MICRO),
     Mutant("invalid rows of a part not 0", "drift_gate/scope.py", "torch.where(valid, x * gate, 0)", "x * gate", FUZZ),
     Mutant("blocks from position 0", "drift_gate/context_parallel.py", "(position - first) // gate.block_size", "position // gate.block_size", RANKS),
     Mutant("another rank's rows", "drift_gate/context_parallel.py", "first = n * rank_in(context.group)", "first = 0", RANKS),
