@@ -103,8 +103,12 @@ def settings_of(
 
 @torch.no_grad()
 def _log_probs(batch: Batch, inputs: Inputs) -> Tensor:
-    """Of the labels, [N]; a product with the head of its own."""
+    """Of the labels among the batch's words, [N]; a product with the head of its own."""
     assert batch.ids is not None
+    head, words = inputs.head, batch.student.vocab
+    if head.shard is None:  # the head may have words for padding
+        bias = None if head.bias is None else head.bias[:words]
+        inputs = inputs._replace(head=head._replace(weight=head.weight[:words], bias=bias))
     return scan_head(inputs, batch.ids[:, None], batch.valid, False, dense=False)[1][:, 0]
 
 

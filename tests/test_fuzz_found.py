@@ -351,6 +351,17 @@ FOUND = {
         "drift": "1e30",
         "ranks": 2,
     },
+    "gates of sequences cut over ranks, from log-probs that counted padding words": {
+        "function": "linear_full_loss",
+        "batch": "padded",
+        "length": 3,
+        "vocab": 3,
+        "granularity": "token",
+        "normalize": "sequence",
+        "vocab_size": True,
+        "ranks": 3,
+        "ranks share": "positions",
+    },
 }
 
 
