@@ -27,7 +27,7 @@ from .gating import Gated, Gating, gated
 from .outputs import LossOutput
 from .ranks import size_of
 from .reduction import Reduction, reduction
-from .scope import Scope, Totals, mean_gate, rescale
+from .scope import Scope, Totals, call_totals, rescale
 from .torch_rows import wide
 from .vocab_parallel import Shard
 from .weighting import check_gate, named
@@ -247,16 +247,11 @@ TOTALS = tuple(f"call {name}" for name in Totals._fields)
 
 
 def _totals(batch: Batch, found: Gated, weights: Tensor) -> Totals:
-    tokens = wide(batch.valid.sum().to(weights.dtype))
-    size = tokens
-    peak = log_mean = torch.zeros_like(tokens)
+    size = None
     if batch.reduce.denominator == "sequences":
         assert found.blocks is not None
         size = wide(found.blocks[3].sum())
-    if found.normalize == "batch":
-        assert found.blocks is not None
-        peak, log_mean = mean_gate(found.blocks[1], weights, batch.valid, found.tau)
-    return Totals(peak, log_mean, tokens, size)
+    return call_totals(found, weights, batch.valid, size)
 
 
 def complete(batch: Batch, output: LossOutput) -> LossOutput:

@@ -63,8 +63,8 @@ def all_weights(log_probs: Tensor, data: RowData, gate: GateRules, backend: str)
         log_probs, data.old, data.valid, data.spans, data.cu_seqlens, data.length,
         gate.granularity, gate.block_size, gate.aggregate, False, backend,
     )  # fmt: skip
-    if gate.part and gate.normalize == "batch" and gate.tau > 0:
-        blocks = rows.bounded_drift(blocks)
+    if gate.part:
+        blocks = rows.part_blocks(blocks, gate.normalize, gate.tau)
     _, weights, _ = rows.sampled_token(
         log_probs, data.old, None, data.valid, blocks, data.cu_seqlens, data.length, gate.tau,
         gate.normalize, "ppo", 0.2, 0.2, 3.0, None, 1.0, "given", False, backend,

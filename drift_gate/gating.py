@@ -67,8 +67,8 @@ def gated(
     if gate is None:
         return Gated(blocks, 0.0, "off", drift)
     assert blocks is not None
-    if part and gate.normalize == "batch" and gate.tau > 0:
-        blocks = torch.cat([blocks[:1], rows.bounded_drift(blocks[1:2]), blocks[2:]])
+    if part:
+        blocks = rows.part_blocks(blocks, gate.normalize, gate.tau)
     return Gated(blocks, float(gate.tau), gate.normalize, blocks[0], first, numbers)
 
 

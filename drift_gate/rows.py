@@ -24,12 +24,14 @@ METRICS = (
 LARGEST_DRIFT = 2.0**126  # stands for infinity where a call is a part of its batch
 
 
-def bounded_drift(drift: Tensor) -> Tensor:
-    """Block drifts, of which the infinite ones can be told apart from nothing.
+def part_blocks(blocks: Tensor, normalize: str, tau: float) -> Tensor:
+    """`row_blocks` of a part of a batch: infinite drifts of blocks can be told apart from nothing.
 
-    A part of a batch whose gates are all 0 then has weights, which the rest of the batch makes 0.
+    A part whose gates are all 0 then has weights, which the rest of the batch makes 0.
     """
-    return drift.clamp(max=LARGEST_DRIFT)
+    if normalize != "batch" or tau == 0:
+        return blocks
+    return torch.cat([blocks[:1], blocks[1:2].clamp(max=LARGEST_DRIFT), blocks[2:]])
 
 
 def _range_error(name: str, values: Tensor, bad: Tensor, wanted: str) -> ValueError:

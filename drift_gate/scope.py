@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .gating import Gated
 from .outputs import LossOutput, Metrics
 from .ranks import gather_ranks
 from .rows import LARGEST_DRIFT
@@ -68,13 +69,22 @@ class Scope(NamedTuple):
         return not self.group and self.normalizer is None
 
 
-def mean_gate(
+def call_totals(found: Gated, weights: Tensor, valid: Tensor, size: Tensor | None = None) -> Totals:
+    """Totals of a call, from its weights of unit mean [N]; without `size`, that is the tokens."""
+    tokens = wide(valid.sum().to(weights.dtype))
+    peak = log_mean = torch.zeros_like(tokens)
+    if found.normalize == "batch":
+        assert found.blocks is not None
+        peak, log_mean = _mean_gate(found.blocks[1], weights, valid, found.tau)
+    return Totals(peak, log_mean, tokens, tokens if size is None else size)
+
+
+def _mean_gate(
     block_drift: Tensor, weights: Tensor, valid: Tensor, tau: float
 ) -> tuple[Tensor, Tensor]:
-    """`peak` and `log_mean` of the valid rows [N], from a and the weights of unit mean it has.
+    """`peak` and `log_mean`: the row that weighs most tells, w = exp(-tau a) / mean.
 
-    The row that weighs most tells: w = exp(-tau a) / mean. 0 without a valid row. The peak is -inf
-    where all drifts are infinite (see `rows.bounded_drift`).
+    0 without a valid row. The peak is -inf where all drifts are infinite (see `rows.part_blocks`).
     """
     a, w = wide(block_drift), wide(weights)
     lowest = torch.where(valid, a, torch.inf).amin() if len(a) else a.sum()

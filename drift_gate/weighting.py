@@ -13,8 +13,7 @@ from .context_parallel import context_of
 from .gate import DriftGate
 from .gating import Gated, Gating, gated
 from .outputs import GateOutput, Metrics
-from .scope import Scope, Totals, mean_gate, rescaled, scaled, scales
-from .torch_rows import wide
+from .scope import Scope, Totals, call_totals, rescaled, scaled, scales
 
 
 def gate_weights(
@@ -60,7 +59,7 @@ def gate_weights(
     output, found = _weigh(rows_)
     if not ranks.group:
         return output
-    call = _totals(rows_, found, output.weights)
+    call = call_totals(found, flat(output.weights), rows_.valid)
     scale = scales(Scope(ranks.group), call, False).gate.to(output.weights.dtype)
     valid = rows_.valid.view(output.weights.shape)
     return output._replace(
@@ -80,7 +79,7 @@ def gate_and_totals(
     rows_ = _check(log_probs, old_log_probs, gate, mask, borders, spans, None, "", True)
     output, found = _weigh(rows_)
     valid = rows_.valid.view(output.weights.shape)
-    return output.weights, valid, _totals(rows_, found, output.weights)
+    return output.weights, valid, call_totals(found, flat(output.weights), rows_.valid)
 
 
 class _Rows(NamedTuple):
@@ -141,16 +140,6 @@ def _weigh(checked: _Rows) -> tuple[GateOutput, Gated]:
         w.view(shape), found.drift.view(shape), numbers.view(shape), named(metrics, 6)
     )
     return output, found
-
-
-def _totals(checked: _Rows, found: Gated, weights: Tensor) -> Totals:
-    """What takes weights of unit mean over the call to unit mean over more."""
-    tokens = wide(checked.valid.sum().to(weights.dtype))
-    peak = log_mean = torch.zeros_like(tokens)
-    if found.normalize == "batch":
-        assert found.blocks is not None
-        peak, log_mean = mean_gate(found.blocks[1], flat(weights), checked.valid, found.tau)
-    return Totals(peak, log_mean, tokens, tokens)
 
 
 def check_gate(gate: DriftGate) -> DriftGate:

@@ -131,7 +131,7 @@ PYTHON = [
     Mutant("micro-batches not weighed by tokens", "drift_gate/accumulation.py", "everyone.tokens * _quotient", "_quotient", MICRO),
     Mutant("a mean gate far above the first", "drift_gate/accumulation.py", "if distance > FURTHEST:", "if False:", MICRO),
     Mutant("a micro-batch that weighs nothing measures", "drift_gate/accumulation.py", " & (first.peak != -torch.inf)", "", MICRO),
-    Mutant("infinite drifts of a part", "drift_gate/rows.py", "drift.clamp(max=LARGEST_DRIFT)", "drift.clone()", FUZZ),
+    Mutant("infinite drifts of a part", "drift_gate/rows.py", "blocks[1:2].clamp(max=LARGEST_DRIFT)", "blocks[1:2]", FUZZ),
     Mutant("infinite drifts of a head's part", "drift_gate/deferred.py", "weighs &= self.total != 0", "pass", FUZZ),
     Mutant("mean gate of the first kept", "drift_gate/accumulation.py", "self._tokens / self._gates", "1.0", MICRO),
     Mutant("first denominator kept", "drift_gate/accumulation.py", "self._reference.size / self._size", "1.0", MICRO),
