@@ -33,6 +33,16 @@ def test_each_named_test_exists(file: str, name: str) -> None:
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
+def test_opcheck_sees_every_op() -> None:
+    package = TESTS.parent / "drift_gate"
+    sources = "".join(path.read_text() for path in package.rglob("*.py"))
+    tests = "".join(path.read_text() for path in TESTS.glob("*.py"))
+    defined = set(re.findall(r'custom_op\(\s*"drift_gate::(\w+)"', sources))
+    checked = set(re.findall(r"\((?:OPS|ops)\.(\w+), ", tests))
+    assert len(defined) > 20
+    assert defined <= checked, f"no opcheck of {sorted(defined - checked)}"
+
+
 def test_names_of_mutants_differ() -> None:
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 60
 

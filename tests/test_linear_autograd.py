@@ -192,5 +192,6 @@ def test_opcheck(dtype):
     assert result.requires_grad
     sums = [x.detach().clone() for x in (hidden, weight)]
     sums += [torch.empty(0, dtype=torch.uint8), torch.randn(211)]
-    factor = torch.tensor(0.5)
+    loss, factor = torch.tensor([1.0, 0.5])
     opcheck(OPS.hand_out, (sums, factor, hidden.detach()[:0, 0].clone()))
+    opcheck(OPS.attach, (loss, *head, sums, factor))
