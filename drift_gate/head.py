@@ -3,7 +3,6 @@
 z = logit_scale * cap(hidden W^T + bias) / temperature,  cap(x) = softcap * tanh(x / softcap)
 """
 
-import ast
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from .arguments import check_floating, check_number, check_tensor
 from .batch import Student
+from .literals import read, written
 from .ranks import copy_to_ranks
 from .vocab_parallel import Shard, local_words, resolve_for, unwrap_words
 
@@ -142,11 +142,11 @@ def _chunk_sizes(chunk_size: int | None, weight: Tensor, words: int) -> tuple[in
 
 def encode(shard: Shard | None) -> str:
     """A shard as a string, which ops can take."""
-    return "" if shard is None else f"{[*shard]!r}"
+    return "" if shard is None else written(shard)
 
 
 def decode(text: str) -> Shard | None:
-    return Shard(*ast.literal_eval(text)) if text else None
+    return Shard(*read(text)) if text else None
 
 
 def local_head(

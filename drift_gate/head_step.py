@@ -7,7 +7,6 @@ chunk (a block longer than a chunk, unit mean over each sequence) the log-probs 
 first, and the logits are made twice.
 """
 
-import ast
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from .deferred import (
 from .head import Head, decode
 from .head_gradients import Needs, Sums, finish_sums, sum_shapes
 from .head_losses import Common, Divergence, HeadLoss, Listed, SampledToken, Teacher
+from .literals import read, written
 
 
 class Settings(NamedTuple):
@@ -47,18 +47,11 @@ class Settings(NamedTuple):
     """See `head.encode`."""
 
     def encode(self) -> str:
-        return _literal(self)
+        return written(self)
 
     @classmethod
     def decode(cls, text: str) -> "Settings":
-        return cls(*ast.literal_eval(text))
-
-
-def _literal(x: Any) -> str:
-    """x as a Python literal; plain enough for `torch.compile` to trace."""
-    if isinstance(x, (list, tuple)):
-        return "[" + "".join([_literal(y) + "," for y in x]) + "]"
-    return f"{x!r}"
+        return cls(*read(text))
 
 
 @custom_op("drift_gate::head_step", mutates_args=())

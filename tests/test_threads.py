@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import time
 
 import pytest
 import torch
+from support.heads import draw_head, run_head
 from support.judge import loss_and_grad
 from support.problems import draw
 
+from drift_gate import literals
 from drift_gate.threads import share
 
 
@@ -91,3 +95,44 @@ def test_a_forked_child_starts_threads_of_its_own():
         share(range(4), lambda task, worker: done.append(task), 2)
         os._exit(0 if sorted(done) == [0, 1, 2, 3] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.fixture
+def busy_collector():
+    """Garbage is collected all the time, and each time another thread may run."""
+
+    def yields(phase: str, info: dict[str, int]) -> None:
+        time.sleep(0)
+
+    before = gc.get_threshold()
+    gc.set_threshold(10)
+    gc.callbacks.append(yields)
+    yield
+    gc.callbacks.remove(yields)
+    gc.set_threshold(*before)
+
+
+def test_options_are_read_in_one_thread_while_another_reads(busy_collector):
+    problem = draw_head("opd", 1, 3)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(30):
+                run_head(problem, "torch")
+        except BaseException as error:
+            failed.append(error)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failed
+
+
+@pytest.mark.parametrize(
+    "values", [[1, 0.1, None, True, False, [], [[2]]], ["", 'a"b\\c', "[1,2]"]]
+)
+def test_options_are_read_as_they_were_written(values):
+    assert literals.read(literals.written(values)) == values
