@@ -69,7 +69,7 @@ def gathered(
     """
     zeros = torch.zeros_like(context.position)
     parts = [context.position, context.sequence, valid, log_probs, old, spans]
-    stacked = torch.stack([wide(zeros if x is None else x) for x in parts])
+    stacked = torch.stack([zeros if x is None else _bits(x) for x in parts])
     n = len(valid)
     every = gather_ranks(stacked, context.group).transpose(0, 1).flatten(1)  # [6, R N]
     order = every[0].sort(stable=True).indices
@@ -77,16 +77,32 @@ def gathered(
     position, sequence, on, now, before, span = every[:, order].unbind()
     valid = on != 0
     if log_probs.device.type == "cpu":
-        _check_places(position[valid].long(), sequence[valid].long())
+        _check_places(position[valid], sequence[valid])
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     first = n * rank_in(context.group)
-    numbers = torch.arange(context.sequences + 1, device=order.device, dtype=sequence.dtype)
+    numbers = torch.arange(context.sequences + 1, device=order.device)
     cut = Cut(
-        now, None if old is None else before, valid, None if spans is None else span.long(),
-        torch.searchsorted(sequence, numbers), place[first : first + n],
+        _number(now), None if old is None else _number(before), valid,
+        None if spans is None else span, torch.searchsorted(sequence, numbers),
+        place[first : first + n],
     )  # fmt: skip
-    return cut, position.long()
+    return cut, position
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Row data as int64, which holds every span id: integers as they are, numbers bit by bit."""
+    if not x.is_floating_point():
+        return x.long()
+    x = wide(x.contiguous())
+    return x.view(torch.int64) if x.dtype == torch.float64 else x.view(torch.int32).long()
+
+
+def _number(bits: Tensor) -> Tensor:
+    """What `_bits` was made from."""
+    if wide(bits).dtype == torch.float64:
+        return bits.view(torch.float64)
+    return bits.int().view(torch.float32)
 
 
 def _check_places(position: Tensor, sequence: Tensor) -> None:

@@ -362,6 +362,16 @@ FOUND = {
         "ranks": 3,
         "ranks share": "positions",
     },
+    "span ids of sequences cut over ranks, which float64 merged": {
+        "function": "gate_weights",
+        "batch": "padded",
+        "sequences": 3,
+        "length": 4,
+        "granularity": "span",
+        "span ids": 1 << 62,
+        "ranks": 2,
+        "ranks share": "positions",
+    },
 }
 
 

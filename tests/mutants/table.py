@@ -145,6 +145,7 @@ PYTHON = [
     Mutant("invalid rows of a part not 0", "drift_gate/scope.py", "torch.where(valid, x * gate, 0)", "x * gate", FUZZ),
     Mutant("blocks from position 0", "drift_gate/context_parallel.py", "(position - first) // gate.block_size", "position // gate.block_size", RANKS),
     Mutant("another rank's rows", "drift_gate/context_parallel.py", "first = n * rank_in(context.group)", "first = 0", RANKS),
+    Mutant("span ids as numbers", "drift_gate/context_parallel.py", "        return x.long()\n", "        return x.double().long()\n", FUZZ),
     Mutant("shards not shifted", "drift_gate/vocab_parallel.py", "(maximum - shift) + log_sum", "log_sum", SHARDS),
     Mutant("every shard has every word", "drift_gate/vocab_parallel.py", "mine = torch.where(local < 0, 0, gathered)", "mine = gathered", SHARDS),
     Mutant("entropy of a shard", "drift_gate/vocab_parallel.py", "(log_sum - entropy) + (maximum - shift)", "log_sum - entropy", SHARDS),
