@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import drift_gate
 from drift_gate import (
     GateNormalizer,
     cli,
@@ -27,8 +30,10 @@ from drift_gate import (
 )
 from drift_gate.fuzz import local_ranks, run, verdict
 from drift_gate.fuzz.choices import Choices
+from drift_gate.fuzz.evaluate import build
 from drift_gate.fuzz.functions import FUNCTIONS, Function, opd
 from drift_gate.fuzz.options import Student, draw_student
+from drift_gate.fuzz.parts import LAYOUTS
 from drift_gate.row_chunks import Piece
 
 HERE = Path(__file__).parent
@@ -48,6 +53,31 @@ def test_a_short_run_passes() -> None:
     assert list(tally.bias.faults()) == []
     taken, offered = tally.coverage()
     assert taken > 0.7 * offered
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_option_is_drawn(name: str) -> None:
+    """But `backend`, which the run decides, and shards of a head (tests/test_vocab_parallel.py)."""
+    chance = random.Random(0)
+    left = {
+        k: p.default for k, p in inspect.signature(getattr(drift_gate, name)).parameters.items()
+    }
+    left.pop("backend", None)
+    if name.startswith("linear_"):
+        left.pop("vocab_parallel_group", None)
+    for _ in range(4000):
+        if not left:
+            break
+        problem = build(name, lambda _, options: chance.choice(options), "torch", CPU)
+        drawn = dict(problem.arguments)
+        parts = drawn.pop("parts", None)
+        if parts is not None:
+            drawn |= parts.groups()
+            drawn |= {"position_ids": parts.over} if parts.over in LAYOUTS else {}
+        for option, value in drawn.items():
+            if option in left and (value is not left[option] and str(value) != str(left[option])):
+                del left[option]
+    assert not left, f"never drawn: {sorted(left)}"
 
 
 def test_a_fault_is_found_shrunk_saved_and_replayed(
@@ -70,6 +100,24 @@ def test_a_fault_is_found_shrunk_saved_and_replayed(
     again = command("--replay", str(saved))
     assert again.exit_code == 1 and "the reference has" in again.output
     monkeypatch.undo()
+    assert command("--replay", str(saved)).exit_code == 0
+
+
+def test_a_fault_that_comes_and_goes_is_saved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def faults(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        found, *results = judged(*arguments)
+        return [*found, "a fault of the fifth"] if calls == 5 else found, *results
+
+    calls, judged = 0, run.faults
+    monkeypatch.setattr(run, "faults", faults)
+    saved = tmp_path / "case.json"
+    done = command("--function", "gate_weights", "--cases", "20", "--out", str(saved))
+    assert done.exit_code == 1 and "does not fail in every run" in done.output, done.output
+    assert json.loads(saved.read_text())["wrong"] == ["a fault of the fifth", run.CHANCE]
     assert command("--replay", str(saved)).exit_code == 0
 
 
@@ -175,6 +223,8 @@ PARTS = {
     "rows": {"ranks": 2},
     "positions": {"ranks": 2, "ranks share": "positions", "positions": "striped"},
     "words": {"ranks": 3, "ranks share": "words"},
+    "rows and positions": {"ranks": 2, "ranks share": "positions", "parts of the rows": 2},
+    "rows and words": {"ranks": 3, "ranks share": "words", "parts of the rows": 2},
     "micro-batches": {"micro-batches": 2},
 }
 
@@ -198,10 +248,10 @@ def test_a_fault_between_parts_is_seen(
 
 
 def test_ranks_as_threads_fail_together() -> None:
-    def work(rank: int, group: Any) -> None:
+    def work(rank: int, named: dict[str, Any]) -> None:
         if rank == 1:
             raise ValueError("of rank 1")
-        scope.over_ranks(scope.Totals(*torch.ones(4)), ranks.name_of("group", group))
+        scope.over_ranks(scope.Totals(*torch.ones(4)), ranks.name_of("group", named["group"]))
 
     with pytest.raises(ValueError, match="of rank 1"):
         local_ranks.run_ranks(3, work)

@@ -97,7 +97,11 @@ def two_heads(rest: Any) -> Any:
         weight = torch.randn(logits.shape[-1], width, generator=generator)
         for name, x in (("teacher_hidden_states", hidden), ("teacher_weight", weight)):
             arguments[name] = x.to(student.dtype).to(choose.device)
+        if choose.flag("teacher bias"):
+            bias = torch.randn(len(weight), generator=generator)
+            arguments["teacher_bias"] = bias.to(student.dtype).to(choose.device)
         arguments["teacher_softcap"] = choose("teacher softcap", (None, 2.0))
+        arguments["teacher_logit_scale"] = choose("teacher logit scale", (1.0, 0.25, 3.0))
         return Asked(arguments, valid, storages)
 
     return drawn

@@ -1,4 +1,4 @@
-"""Ranks as threads of this process, and a process group that joins them.
+"""Ranks as threads of this process, and process groups that join them.
 
 Its collectives are what the losses use: an all-gather, a sum and a maximum. Each goes through a
 board on which every rank lays down its tensor, and sums are in the order of the ranks.
@@ -17,24 +17,41 @@ from torch import Tensor
 from .. import ranks
 
 T = TypeVar("T")
+Groups = dict[str, list[list[int]]]
 PATIENCE = 60.0  # seconds that a rank waits for the others
 _numbers = itertools.count()
 
 
-def run_ranks(count: int, work: Callable[[int, Any], T]) -> list[T]:
-    """work(rank, group) in `count` threads; what each returned. One that fails, fails."""
-    board, threads = _Board(count), torch.get_num_threads()
+def run_ranks(
+    count: int, work: Callable[[int, dict[str, Any]], T], groups: Groups | None = None
+) -> list[T]:
+    """work(rank, its groups) in `count` threads; what each returned. One that fails, fails.
+
+    groups: of each argument that names one, the members of every group; None: all, as `group`.
+    """
+    groups = {"group": [list(range(count))]} if groups is None else groups
+    boards = {name: [_Board(members) for members in every] for name, every in groups.items()}
+    threads = torch.get_num_threads()
     found: list[Any] = [None] * count
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
         torch.set_num_threads(threads)  # which is a thread's own
+        named = {
+            name: _group(board.members.index(rank), board)
+            for name, every in boards.items()
+            for board in every
+            if rank in board.members
+        }
         try:
-            found[rank] = work(rank, _group(rank, board))
+            found[rank] = work(rank, named)
         except threading.BrokenBarrierError as error:  # another rank failed first
             errors.append(error)
         except BaseException as error:
             errors.insert(0, error)
+        else:
+            return
+        for board in itertools.chain(*boards.values()):
             board.barrier.abort()
 
     workers = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
@@ -42,17 +59,19 @@ def run_ranks(count: int, work: Callable[[int, Any], T]) -> list[T]:
         worker.start()
     for worker in workers:
         worker.join()
-    for rank in range(count):
-        ranks.forget(board.name(rank))
+    for board in itertools.chain(*boards.values()):
+        for rank in range(len(board.members)):
+            ranks.forget(board.name(rank))
     if errors:
         raise errors[0]
     return found
 
 
 class _Board:
-    def __init__(self, count: int) -> None:
-        self.barrier = threading.Barrier(count, timeout=PATIENCE)
-        self.places: list[Any] = [None] * count
+    def __init__(self, members: list[int]) -> None:
+        self.members = members
+        self.barrier = threading.Barrier(len(members), timeout=PATIENCE)
+        self.places: list[Any] = [None] * len(members)
         self.number = next(_numbers)
 
     def name(self, rank: int) -> str:

@@ -137,7 +137,7 @@ def draw_gate(choose: Choices, shape: Shape) -> tuple[DriftGate, Arguments]:
     )
     if granularity != "span":
         return gate, {}
-    far = choose("span ids", (0, -3, 1 << 40))
+    far = choose("span ids", (0, -3, 1 << 40, 1 << 62))
     ids = far + torch.randint(4, shape.lead, generator=choose.generator)  # not adjacent
     return gate, {"span_ids": ids.to(choose.device)}
 

@@ -1,13 +1,13 @@
 """A function over a batch in parts: micro-batches of a step, and ranks.
 
-Ranks share rows, positions of the same sequences, or words. The parts run the function with what
-belongs to them, and their results are put together; the reference takes the undivided batch.
-Ranks are threads (see `local_ranks`). The gradient of hidden states over sharded words meets the
-other ranks in the backward, which runs in one thread here: it is left to
+Ranks share rows, positions of the same sequences, or words; or rows and one of the others. The
+parts run the function with what belongs to them, and their results are put together; the reference
+takes the undivided batch. Ranks are threads (see `local_ranks`). The gradient of hidden states over
+sharded words meets the other ranks in the backward, which runs in one thread here: it is left to
 `tests/test_vocab_parallel.py`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,19 +17,41 @@ from torch import Tensor
 from ..accumulation import GateNormalizer
 from ..outputs import GateOutput, LossOutput
 from .choices import Choices
-from .local_ranks import run_ranks
+from .local_ranks import Groups, run_ranks
 from .options import Arguments, Asked, Student
 
-WHOLE = ("weight", "bias", "teacher_weight", "batch_num_tokens", "global_batch_size")
+HEADS = "weight", "bias", "teacher_weight", "teacher_bias"
+WHOLE = (*HEADS, "batch_num_tokens", "global_batch_size")
 """Tensors that are not cut with the rows."""
 LAYOUTS = ("contiguous", "striped")  # of the positions that a rank has
+POSITION_IDS = ("from 0", "from 2^40", "any where not valid")
 Rest = Callable[[Choices, Any], Asked]
 
 
 class Parts(NamedTuple):
     micro_batches: int | None  # through a GateNormalizer
-    ranks: int
-    over: str  # "rows", "words", or the layout of positions
+    rows: int
+    """Into how many parts the rows fall; each belongs to `across` ranks, one after another,"""
+    across: int
+    over: str
+    """which share it: "words", or the layout of its positions."""
+    named: str = "group"
+    """The argument that names the ranks over which positions are cut."""
+    position_ids: str = POSITION_IDS[0]
+
+    @property
+    def ranks(self) -> int:
+        return self.rows * self.across
+
+    def groups(self) -> Groups:
+        """Ranks that meet, by the argument that names them."""
+        alike = [[i * self.across + j for j in range(self.across)] for i in range(self.rows)]
+        if self.over == "words":
+            groups = {"vocab_parallel_group": alike}
+            columns = [list(column) for column in zip(*alike, strict=True)]
+            return groups | ({"group": columns} if self.rows > 1 else {})
+        groups = {self.named: alike}
+        return groups | ({"group": [list(range(self.ranks))]} if self.rows > 1 else {})
 
 
 def divided(rest: Rest, over: tuple[str, ...], *, steps: bool = False) -> Rest:
@@ -44,8 +66,7 @@ def divided(rest: Rest, over: tuple[str, ...], *, steps: bool = False) -> Rest:
         arguments = asked.arguments | {"parts": parts}
         if parts is not None and "inplace_backward" in arguments:
             arguments["inplace_backward"] = False  # the gradients of parts are put together
-        if parts is not None and parts.micro_batches is not None:
-            assert asked.valid is not None
+        if parts is not None and asked.valid is not None:
             arguments["valid"] = asked.valid.to(choose.device)
         return asked._replace(arguments=arguments)
 
@@ -63,13 +84,20 @@ def _draw(
         count = choose("ranks", (1, 1, 1, 2, 3))
     fit = {"rows": padded, "positions": padded and student.shape.lead[1] % count == 0}
     fit["words"] = student.vocab >= count
-    over = tuple(x for x in over if fit[x])
-    if count == 1 or not over:
-        return None if micro_batches is None else Parts(micro_batches, 1, "rows")
-    shared = choose("ranks share", over)
-    if shared == "positions":
-        shared = choose("positions", LAYOUTS)
-    return Parts(micro_batches, count, shared)
+    fitting = tuple(x for x in over if fit[x])
+    if count == 1 or not fitting:
+        return None if micro_batches is None else Parts(micro_batches, 1, 1, "rows")
+    shared = choose("ranks share", fitting)
+    if shared == "rows":
+        return Parts(micro_batches, count, 1, shared)
+    rows = choose("parts of the rows", (1, 2)) if padded and "rows" in over else 1
+    if shared == "words":
+        return Parts(micro_batches, rows, count, shared)
+    named = "context_parallel_group"
+    if rows == 1:
+        named = choose("group of positions", ("group", named))
+    ids = choose("position ids", POSITION_IDS)
+    return Parts(micro_batches, rows, count, choose("positions", LAYOUTS), named, ids)
 
 
 def in_parts(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,11 +112,11 @@ def in_parts(function: Callable[..., Any]) -> Callable[..., Any]:
         if parts.ranks == 1:
             return _told(_step(function, arguments, parts, {}), parts)
 
-        def work(rank: int, group: Any) -> Any:
-            mine, named = _share(arguments, parts, rank, group)
-            return _step(function, mine, parts, named)
+        def work(rank: int, named: dict[str, Any]) -> Any:
+            return _step(function, _share(arguments, parts, rank), parts, named)
 
-        return _told(_joined(run_ranks(parts.ranks, work), parts, arguments), parts)
+        found = run_ranks(parts.ranks, work, parts.groups())
+        return _told(_joined(found, parts, arguments), parts)
 
     return call
 
@@ -97,6 +125,7 @@ def undivided(reference: Callable[..., Any]) -> Callable[..., Any]:
     """A reference of its own, which takes the whole batch."""
 
     def call(*, parts: Parts | None, **arguments: Any) -> Any:
+        arguments.pop("valid", None)
         out = reference(**arguments)
         return out if parts is None else _told(out, parts)
 
@@ -105,7 +134,7 @@ def undivided(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 def _told(out: Any, parts: Parts) -> Any:
     """What of the results is the same for a batch in parts. Metrics are of a call's rows."""
-    if parts.over == "words" and parts.micro_batches is None:
+    if parts.rows == 1 and parts.over == "words" and parts.micro_batches is None:
         return out
     if isinstance(out, LossOutput):
         return out._replace(metrics={})
@@ -118,23 +147,27 @@ def _of_rows(arguments: Arguments) -> dict[str, Tensor]:
     return {k: x for k, x in arguments.items() if isinstance(x, Tensor) and k not in WHOLE}
 
 
-def _share(
-    arguments: Arguments, parts: Parts, rank: int, group: Any
-) -> tuple[Arguments, dict[str, Any]]:
-    """A rank's part of the arguments, and those that name its group; its rows' come first."""
+def _share(arguments: Arguments, parts: Parts, rank: int) -> Arguments:
+    """A rank's part of the arguments."""
+    at, place = divmod(rank, parts.across)
+    mine = {k: x.tensor_split(parts.rows)[at] for k, x in _of_rows(arguments).items()}
     if parts.over == "words":
-        words = _words(arguments["logits"].shape[-1], parts.ranks)[rank]
-        mine = {"logits": arguments["logits"][..., words]}
-        return arguments | mine, {"vocab_parallel_group": group}
-    rows = _of_rows(arguments)
-    if parts.over == "rows":
-        mine = {k: x.tensor_split(parts.ranks)[rank] for k, x in rows.items()}
-        return arguments | mine, {"group": group}
-    mine = {k: _positions(x, parts, rank) for k, x in rows.items()}
-    lead = next(x for x in rows.values()).shape[:2]
-    place = torch.arange(lead[1]).expand(lead)
-    mine["position_ids"] = _positions(place, parts, rank)
-    return arguments | mine, {"group": group}
+        words = _words(mine["logits"].shape[-1], parts.across)[place]
+        mine["logits"] = mine["logits"][..., words]
+    elif parts.over != "rows":
+        mine["position_ids"] = _position_ids(mine, parts)
+        mine = {k: _positions(x, parts, place) for k, x in mine.items()}
+    return arguments | mine
+
+
+def _position_ids(rows: Arguments, parts: Parts) -> Tensor:
+    lead = next(iter(rows.values())).shape[:2]
+    ids = torch.arange(lead[1]).expand(lead)
+    if parts.position_ids == "from 2^40":
+        return ids + (1 << 40)
+    if parts.position_ids == "from 0":
+        return ids
+    return torch.where(rows["valid"], ids, -7)
 
 
 def _words(vocab: int, ranks: int) -> list[slice]:
@@ -148,17 +181,17 @@ def _words(vocab: int, ranks: int) -> list[slice]:
 def _positions(x: Tensor, parts: Parts, rank: int) -> Tensor:
     """The part of [B, T, ...] that a rank has."""
     if parts.over == "striped":
-        return x[:, rank :: parts.ranks]
-    return x.tensor_split(parts.ranks, 1)[rank]
+        return x[:, rank :: parts.across]
+    return x.tensor_split(parts.across, 1)[rank]
 
 
 def _step(
     function: Callable[..., Any], arguments: Arguments, parts: Parts, named: Mapping[str, Any]
 ) -> Any:
     """A rank's call, or its micro-batches."""
+    valid = arguments.pop("valid", None)
     if parts.micro_batches is None:
         return function(**arguments, **named)
-    valid = arguments.pop("valid")
     normalizer, outs = _accumulated(function, arguments, parts.micro_batches, named)
     found = _cat(outs, LossOutput._fields[1:-1])
     factors = normalizer.gate_factor(), normalizer.factor()
@@ -192,28 +225,48 @@ def _accumulated(
         return normalizer, [outs[i] for i in range(count)]
 
 
-def _cat(outs: list[Any], names: tuple[str, ...], dim: int = 0) -> dict[str, Any]:
+def _cat(outs: list[Any], names: Sequence[str], dim: int = 0) -> dict[str, Any]:
     found = {name: [getattr(out, name) for out in outs] for name in names}
     return {k: None if x[0] is None else torch.cat(x, dim) for k, x in found.items()}
 
 
 def _joined(outs: list[Any], parts: Parts, arguments: Arguments) -> Any:
     """What the ranks found, as one process would have it."""
+    across = [outs[i : i + parts.across] for i in range(0, len(outs), parts.across)]
     if parts.over == "words":
-        return _alike(outs)
-    names = tuple(name for name in outs[0]._fields if name not in ("loss", "metrics"))
-    found = _cat(outs, names, 0 if parts.over == "rows" else 1)
-    if parts.over == "striped":
-        length = next(x for x in found.values() if x is not None).shape[1]
-        places = torch.cat([torch.arange(length)[r :: parts.ranks] for r in range(parts.ranks)])
-        order = places.argsort()
-        found = {k: x if x is None else x[:, order] for k, x in found.items()}
-    if isinstance(outs[0], LossOutput):
-        losses = [out.loss for out in outs]
-        if arguments["loss_agg_mode"] == "none":
-            found["loss"] = found["token_loss"]
-        else:
-            found["loss"] = torch.stack(losses).sum()  # the ranks' losses add up
+        found = [_alike(each) for each in across]
+    elif parts.over == "rows":
+        found = outs
+    else:
+        found = [_of_positions(each, parts, arguments) for each in across]
+    return found[0] if len(found) == 1 else _put_together(found, 0, arguments)
+
+
+def _of_positions(outs: list[Any], parts: Parts, arguments: Arguments) -> Any:
+    """Of the ranks that share sequences."""
+    found = _put_together(outs, 1, arguments)
+    if parts.over == "contiguous":
+        return found
+    data = {name: getattr(found, name) for name in _row_data(found)}
+    length = next(iter(data.values())).shape[1]
+    places = torch.cat([torch.arange(length)[r :: parts.across] for r in range(parts.across)])
+    return found._replace(**{name: x[:, places.argsort()] for name, x in data.items()})
+
+
+def _row_data(out: Any) -> list[str]:
+    """Fields that hold a number for each position."""
+    return [k for k, x in out._asdict().items() if k not in ("loss", "metrics") and x is not None]
+
+
+def _put_together(outs: list[Any], dim: int, arguments: Arguments) -> Any:
+    """Row data one after another; the ranks' losses add up."""
+    found = _cat(outs, _row_data(outs[0]), dim)
+    if not isinstance(outs[0], LossOutput):
+        return outs[0]._replace(**found)
+    if arguments["loss_agg_mode"] == "none":
+        found["loss"] = found["token_loss"]
+    else:
+        found["loss"] = torch.stack([out.loss for out in outs]).sum()
     return outs[0]._replace(**found)
 
 
