@@ -30,10 +30,10 @@ from drift_gate import (
 )
 from drift_gate.fuzz import local_ranks, run, verdict
 from drift_gate.fuzz.choices import Choices
+from drift_gate.fuzz.cuts import LAYOUTS
 from drift_gate.fuzz.evaluate import build
 from drift_gate.fuzz.functions import FUNCTIONS, Function, opd
 from drift_gate.fuzz.options import Student, draw_student
-from drift_gate.fuzz.parts import LAYOUTS
 from drift_gate.row_chunks import Piece
 
 HERE = Path(__file__).parent
@@ -219,6 +219,7 @@ def test_spans_are_compared_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "differs from the reference" in _fails(case)
 
 
+PACKED = {"batch": "packed", "sequences": 3, "length 0": 3, "length 2": 2}
 PARTS = {
     "rows": {"ranks": 2},
     "positions": {"ranks": 2, "ranks share": "positions", "positions": "striped"},
@@ -226,6 +227,8 @@ PARTS = {
     "rows and positions": {"ranks": 2, "ranks share": "positions", "parts of the rows": 2},
     "rows and words": {"ranks": 3, "ranks share": "words", "parts of the rows": 2},
     "micro-batches": {"micro-batches": 2},
+    "packed sequences": PACKED | {"ranks": 2, "micro-batches": 2},
+    "packed positions": PACKED | {"ranks": 2, "ranks share": "positions"},
 }
 
 

@@ -17,13 +17,18 @@ from torch import Tensor
 from ..accumulation import GateNormalizer
 from ..outputs import GateOutput, LossOutput
 from .choices import Choices
+from .cuts import (
+    LAYOUTS,
+    across_positions,
+    across_sequences,
+    in_order,
+    position_ids,
+    some_positions,
+    some_sequences,
+)
 from .local_ranks import Groups, run_ranks
 from .options import Arguments, Asked, Student
 
-HEADS = "weight", "bias", "teacher_weight", "teacher_bias"
-WHOLE = (*HEADS, "batch_num_tokens", "global_batch_size")
-"""Tensors that are not cut with the rows."""
-LAYOUTS = ("contiguous", "striped")  # of the positions that a rank has
 POSITION_IDS = ("from 0", "from 2^40", "any where not valid")
 Rest = Callable[[Choices, Any], Asked]
 
@@ -76,21 +81,28 @@ def divided(rest: Rest, over: tuple[str, ...], *, steps: bool = False) -> Rest:
 def _draw(
     choose: Choices, student: Student, arguments: Arguments, over: tuple[str, ...], steps: bool
 ) -> Parts | None:
-    padded = len(student.shape.lead) == 2 and student.shape.cu_seqlens is None
+    lead, packed = student.shape.lead, student.shape.cu_seqlens is not None
+    padded = len(lead) == 2 and not packed
     count, micro_batches = 1, None
-    if padded and steps and not isinstance(arguments.get("gate"), Tensor):
+    if (padded or packed) and steps and not isinstance(arguments.get("gate"), Tensor):
         micro_batches = choose("micro-batches", (None, None, None, 1, 2, 3))
     if choose.device.type == "cpu" and not choose.interpreted and dist.is_available():
         count = choose("ranks", (1, 1, 1, 2, 3))
-    fit = {"rows": padded, "positions": padded and student.shape.lead[1] % count == 0}
-    fit["words"] = student.vocab >= count
+    # Ranks that share sequences have the same number of rows.
+    fit = {
+        "rows": padded or packed,
+        "positions": lead[-1] % count == 0 and (padded or micro_batches is None),
+        "words": student.vocab >= count,
+    }
     fitting = tuple(x for x in over if fit[x])
     if count == 1 or not fitting:
         return None if micro_batches is None else Parts(micro_batches, 1, 1, "rows")
     shared = choose("ranks share", fitting)
     if shared == "rows":
         return Parts(micro_batches, count, 1, shared)
-    rows = choose("parts of the rows", (1, 2)) if padded and "rows" in over else 1
+    rows = 1
+    if "rows" in over and (padded or (packed and shared == "words")):
+        rows = choose("parts of the rows", (1, 2))
     if shared == "words":
         return Parts(micro_batches, rows, count, shared)
     named = "context_parallel_group"
@@ -107,8 +119,7 @@ def in_parts(function: Callable[..., Any]) -> Callable[..., Any]:
         if parts is None:
             return function(**arguments)
         if arguments.get("backend") == "reference":
-            arguments.pop("valid", None)
-            return _told(function(**arguments), parts)
+            return _told(function(**_without_valid(arguments)), parts)
         if parts.ranks == 1:
             return _told(_step(function, arguments, parts, {}), parts)
 
@@ -125,8 +136,7 @@ def undivided(reference: Callable[..., Any]) -> Callable[..., Any]:
     """A reference of its own, which takes the whole batch."""
 
     def call(*, parts: Parts | None, **arguments: Any) -> Any:
-        arguments.pop("valid", None)
-        out = reference(**arguments)
+        out = reference(**_without_valid(arguments))
         return out if parts is None else _told(out, parts)
 
     return call
@@ -143,31 +153,24 @@ def _told(out: Any, parts: Parts) -> Any:
     return out
 
 
-def _of_rows(arguments: Arguments) -> dict[str, Tensor]:
-    return {k: x for k, x in arguments.items() if isinstance(x, Tensor) and k not in WHOLE}
-
-
 def _share(arguments: Arguments, parts: Parts, rank: int) -> Arguments:
     """A rank's part of the arguments."""
     at, place = divmod(rank, parts.across)
-    mine = {k: x.tensor_split(parts.rows)[at] for k, x in _of_rows(arguments).items()}
+    mine = arguments
+    if parts.rows > 1:
+        mine = mine | some_sequences(mine, parts.rows, at)
     if parts.over == "words":
         words = _words(mine["logits"].shape[-1], parts.across)[place]
-        mine["logits"] = mine["logits"][..., words]
-    elif parts.over != "rows":
-        mine["position_ids"] = _position_ids(mine, parts)
-        mine = {k: _positions(x, parts, place) for k, x in mine.items()}
-    return arguments | mine
-
-
-def _position_ids(rows: Arguments, parts: Parts) -> Tensor:
-    lead = next(iter(rows.values())).shape[:2]
-    ids = torch.arange(lead[1]).expand(lead)
+        return mine | {"logits": mine["logits"][..., words]}
+    if parts.over == "rows":
+        return mine
+    ids = position_ids(mine)
     if parts.position_ids == "from 2^40":
-        return ids + (1 << 40)
-    if parts.position_ids == "from 0":
-        return ids
-    return torch.where(rows["valid"], ids, -7)
+        ids = ids + (1 << 40)
+    elif parts.position_ids == "any where not valid":
+        ids = torch.where(mine["valid"], ids, -7)
+    mine = mine | {"position_ids": ids}
+    return mine | some_positions(mine, parts.across, place, parts.over)
 
 
 def _words(vocab: int, ranks: int) -> list[slice]:
@@ -178,26 +181,18 @@ def _words(vocab: int, ranks: int) -> list[slice]:
     return [slice(a, b) for a, b in zip(first, [*first[1:], vocab], strict=True)]
 
 
-def _positions(x: Tensor, parts: Parts, rank: int) -> Tensor:
-    """The part of [B, T, ...] that a rank has."""
-    if parts.over == "striped":
-        return x[:, rank :: parts.across]
-    return x.tensor_split(parts.across, 1)[rank]
-
-
 def _step(
     function: Callable[..., Any], arguments: Arguments, parts: Parts, named: Mapping[str, Any]
 ) -> Any:
     """A rank's call, or its micro-batches."""
-    valid = arguments.pop("valid", None)
     if parts.micro_batches is None:
-        return function(**arguments, **named)
+        return function(**_without_valid(arguments), **named)
     normalizer, outs = _accumulated(function, arguments, parts.micro_batches, named)
-    found = _cat(outs, LossOutput._fields[1:-1])
+    found = _cat(outs, LossOutput._fields[1:-1], across_sequences(arguments))
     factors = normalizer.gate_factor(), normalizer.factor()
     weighs, completes = (x.to(outs[0].loss.dtype) for x in factors)
     for name in ("token_loss", "gate"):
-        found[name] = torch.where(valid, found[name] * weighs, 0)
+        found[name] = torch.where(arguments["valid"], found[name] * weighs, 0)
     if arguments["loss_agg_mode"] == "none":
         return LossOutput(loss=found["token_loss"], metrics={}, **found)
     loss = torch.stack([out.loss for out in outs]).sum() * completes
@@ -208,14 +203,13 @@ def _accumulated(
     function: Callable[..., Any], arguments: Arguments, count: int, named: Mapping[str, Any]
 ) -> tuple[GateNormalizer, list[Any]]:
     """The calls in an order that the normaliser takes: none far above the first."""
-    rows = _of_rows(arguments)
-    cut = [{k: x.tensor_split(count)[i] for k, x in rows.items()} for i in range(count)]
+    cut = [arguments | some_sequences(arguments, count, i) for i in range(count)]
     order = list(range(count))
     while True:
         normalizer, outs = GateNormalizer(arguments["gate"]), {}
         try:
             for i in order:
-                outs[i] = function(**arguments | cut[i] | {"gate": normalizer}, **named)
+                outs[i] = function(**_without_valid(cut[i]) | {"gate": normalizer}, **named)
         except ValueError as error:
             if not str(error).startswith("the mean gate of this micro-batch") or i == order[0]:
                 raise
@@ -225,7 +219,11 @@ def _accumulated(
         return normalizer, [outs[i] for i in range(count)]
 
 
-def _cat(outs: list[Any], names: Sequence[str], dim: int = 0) -> dict[str, Any]:
+def _without_valid(arguments: Arguments) -> Arguments:
+    return {name: x for name, x in arguments.items() if name != "valid"}
+
+
+def _cat(outs: list[Any], names: Sequence[str], dim: int) -> dict[str, Any]:
     found = {name: [getattr(out, name) for out in outs] for name in names}
     return {k: None if x[0] is None else torch.cat(x, dim) for k, x in found.items()}
 
@@ -239,33 +237,30 @@ def _joined(outs: list[Any], parts: Parts, arguments: Arguments) -> Any:
         found = outs
     else:
         found = [_of_positions(each, parts, arguments) for each in across]
-    return found[0] if len(found) == 1 else _put_together(found, 0, arguments)
+    if len(found) == 1:
+        return found[0]
+    return _put_together(found, across_sequences(arguments))
 
 
 def _of_positions(outs: list[Any], parts: Parts, arguments: Arguments) -> Any:
     """Of the ranks that share sequences."""
-    found = _put_together(outs, 1, arguments)
-    if parts.over == "contiguous":
-        return found
+    dim = across_positions(arguments)
+    found = _put_together(outs, dim)
     data = {name: getattr(found, name) for name in _row_data(found)}
-    length = next(iter(data.values())).shape[1]
-    places = torch.cat([torch.arange(length)[r :: parts.across] for r in range(parts.across)])
-    return found._replace(**{name: x[:, places.argsort()] for name, x in data.items()})
+    return found._replace(
+        **{name: in_order(x, dim, parts.across, parts.over) for name, x in data.items()}
+    )
 
 
 def _row_data(out: Any) -> list[str]:
-    """Fields that hold a number for each position."""
-    return [k for k, x in out._asdict().items() if k not in ("loss", "metrics") and x is not None]
+    """Fields that hold a number for each position: with loss_agg_mode="none" the loss is one."""
+    return [k for k, x in out._asdict().items() if isinstance(x, Tensor) and x.dim()]
 
 
-def _put_together(outs: list[Any], dim: int, arguments: Arguments) -> Any:
+def _put_together(outs: list[Any], dim: int) -> Any:
     """Row data one after another; the ranks' losses add up."""
     found = _cat(outs, _row_data(outs[0]), dim)
-    if not isinstance(outs[0], LossOutput):
-        return outs[0]._replace(**found)
-    if arguments["loss_agg_mode"] == "none":
-        found["loss"] = found["token_loss"]
-    else:
+    if isinstance(outs[0], LossOutput) and "loss" not in found:
         found["loss"] = torch.stack([out.loss for out in outs]).sum()
     return outs[0]._replace(**found)
 
