@@ -139,12 +139,11 @@ def row_blocks(
     ids, granularity = cut.spans, "token" if gate is None else gate.granularity
     if granularity == "block":
         assert gate is not None
-        numbers = torch.repeat_interleave(
-            torch.arange(context.sequences, device=position.device),
-            cut.cu_seqlens.diff(), output_size=len(position),
-        )  # fmt: skip
+        begins = torch.repeat_interleave(  # a number of each sequence that is below that of rows
+            cut.cu_seqlens[:-1], cut.cu_seqlens.diff(), output_size=len(position)
+        )
         candidate = torch.where(cut.valid, wide(position), torch.inf)
-        first = Segments(numbers).reduce(candidate, "min")
+        first = Segments(begins).reduce(candidate, "min")
         ids = torch.where(cut.valid, (position - first) // gate.block_size, 0).long()
         granularity = "span"
     aggregate = "mean" if gate is None else gate.aggregate

@@ -362,6 +362,13 @@ FOUND = {
         "ranks": 3,
         "ranks share": "positions",
     },
+    "more sequences than rows, of which most are empty, cut over ranks": {
+        "function": "gate_weights",
+        "batch": "packed",
+        "sequences": 70,
+        "ranks": 2,
+        "ranks share": "positions",
+    },
     "span ids of sequences cut over ranks, which float64 merged": {
         "function": "gate_weights",
         "batch": "padded",
