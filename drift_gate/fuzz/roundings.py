@@ -10,7 +10,8 @@ D. Stott Parker, "Monte Carlo Arithmetic" (1997), with errors that an accurate a
 operation may have, in place of those of its rounded result: a sum errs by its largest partial sum,
 and a softmax by the roundings inside. An operation may also be exact, and then show the error of
 another: a gate that a rounding makes 0 hides those of the loss that it weighs. A sum that does not
-err so takes its terms in another order: of 1e30, 1 and -1e30 it is 0 or 1.
+err so takes its terms in another order: of 1e30, 1 and -1e30 it is 0 or 1. A product of matrices is
+then the dtype's own: old log-probs may have its very roundings, and no random ones come so near.
 """
 
 import math
@@ -33,7 +34,7 @@ class Roundings(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, dtype: torch.dtype, seed: int, share: float = 1.0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.info, self.share = torch.finfo(dtype), share
+        self.dtype, self.info, self.share = dtype, torch.finfo(dtype), share
         self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(
@@ -46,6 +47,9 @@ class Roundings(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if float(torch.rand((), generator=self.generator)) < self.share:
             for part in size(out, self.info, *arguments, **(options or {})):
                 self._move(out, part)
+        elif operation.overloadpacket in PRODUCTS:
+            shorter = [x.to(self.dtype) if isinstance(x, Tensor) else x for x in arguments]
+            out.copy_(operation(*shorter, **(options or {})))
         elif operation.overloadpacket in ORDERED and arguments[0].dim() == 1 == len(arguments):
             order = torch.randperm(len(arguments[0]), generator=self.generator)
             out.copy_(operation(arguments[0][order.to(out.device)], **(options or {})))
@@ -110,9 +114,13 @@ def _addmm(out: Tensor, info: torch.finfo, z: Tensor, x: Tensor, y: Tensor) -> t
 
 
 def _logaddexp(out: Tensor, info: torch.finfo, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """Of log-probs [N, V]: one pass over a row takes the log-sum from its sums, not from each."""
+    """Of log-probs [N, V]: one pass over a row takes the log-sum from its sums, not from each.
+
+    And a mass below the dtype, which may be 0, is missing in the sum of the two.
+    """
     largest = torch.maximum(x, y)
     size = torch.maximum(out.abs(), largest.abs()) * info.eps
+    size = size + (info.tiny * torch.exp(-out)).clamp(max=1.0)
     return size, _log_sum(-largest.amax(-1, True), info, x.shape[-1]) if out.numel() else size
 
 
@@ -170,3 +178,4 @@ SIZES: dict[Any, Size] = {
 }
 """Operations that round; those not listed move or choose values."""
 ORDERED = aten.sum, aten.mean
+PRODUCTS = aten.mm, aten.addmm
