@@ -15,7 +15,7 @@ from . import rows
 from .arguments import Layout, check_integer, check_like, flat
 from .gate import DriftGate
 from .ranks import gather_ranks, rank_in
-from .torch_rows import Segments, wide
+from .torch_rows import Segments, sequence_numbers, wide
 
 
 class Context(NamedTuple):
@@ -100,7 +100,7 @@ def _bits(x: Tensor) -> Tensor:
 
 def _number(bits: Tensor) -> Tensor:
     """What `_bits` was made from."""
-    if wide(bits).dtype == torch.float64:
+    if wide(bits[:0]).dtype == torch.float64:
         return bits.view(torch.float64)
     return bits.int().view(torch.float32)
 
@@ -139,11 +139,9 @@ def row_blocks(
     ids, granularity = cut.spans, "token" if gate is None else gate.granularity
     if granularity == "block":
         assert gate is not None
-        begins = torch.repeat_interleave(  # a number of each sequence that is below that of rows
-            cut.cu_seqlens[:-1], cut.cu_seqlens.diff(), output_size=len(position)
-        )
+        sequence = sequence_numbers(len(position), 0, cut.cu_seqlens, position)
         candidate = torch.where(cut.valid, wide(position), torch.inf)
-        first = Segments(begins).reduce(candidate, "min")
+        first = Segments(sequence).reduce(candidate, "min")
         ids = torch.where(cut.valid, (position - first) // gate.block_size, 0).long()
         granularity = "span"
     aggregate = "mean" if gate is None else gate.aggregate

@@ -6,6 +6,7 @@ The arguments are those of a loss, and `valid`, whose shape is that of the rows.
 import torch
 from torch import Tensor
 
+from ..torch_rows import sequence_numbers
 from .options import Arguments
 
 HEADS = "weight", "bias", "teacher_weight", "teacher_bias"
@@ -63,12 +64,10 @@ def in_order(x: Tensor, dim: int, parts: int, layout: str) -> Tensor:
 
 def position_ids(arguments: Arguments) -> Tensor:
     """Of all rows, from 0 in each sequence."""
-    valid, borders = arguments["valid"], arguments.get("cu_seqlens")
-    ids = torch.arange(valid.shape[-1])
-    if borders is not None:
-        borders = borders.long()
-        ids = ids - borders[torch.searchsorted(borders, ids, right=True) - 1]
-    return ids.expand(valid.shape)
+    valid: Tensor = arguments["valid"]
+    rows = valid.numel()
+    first = sequence_numbers(rows, valid.shape[-1], arguments.get("cu_seqlens"), valid)
+    return (torch.arange(rows) - first).view(valid.shape)
 
 
 def _taken(arguments: Arguments, dim: int, mine: slice) -> Arguments:

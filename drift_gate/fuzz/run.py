@@ -149,14 +149,13 @@ def _batch(
     with prepared(backend, device):
         try:
             run()
-        except Mismatch:
-            problem, wrong = failed[-1]  # hypothesis runs the smallest one last
-            tally.failure = save(problem, backend, wrong)
-        except Flaky:  # what failed has passed when it ran again
+        except (Mismatch, Flaky) as error:
             if not failed:
                 raise
-            problem, wrong = failed[-1]
-            tally.failure = save(problem, backend, f"{wrong}\n{CHANCE}")
+            problem, wrong = failed[-1]  # hypothesis runs the smallest one last
+            if isinstance(error, Flaky):  # what failed has passed when it ran again
+                wrong = f"{wrong}\n{CHANCE}"
+            tally.failure = save(problem, backend, wrong)
 
 
 def save(problem: Problem, backend: str, wrong: str) -> dict[str, Any]:
