@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n 2 --dist
 # Kernels are also compiled under these versions of Triton, beside the pinned one.
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: help test lint distill distill-study fuzz sanitize mutants bench bench-cpu bench-growth \
+.PHONY: help test lint build/house house distill distill-study fuzz sanitize mutants bench bench-cpu bench-growth \
 	readme-table compile-check wheel-check clean
 
 help:  ## list the targets
@@ -17,10 +17,21 @@ help:  ## list the targets
 test: .venv/.installed  ## run the tests
 	$(PYTEST)
 
-lint: .venv/.installed  ## ruff and mypy
+lint: build/house  ## ruff, mypy, and who imports whom
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	cd build/house && $(abspath $(BIN))/lint-imports $(CURDIR)/pyproject.toml --no-cache --no-logo
+
+# The package as it is installed, for tools that read imports: they look into packages alone, so
+# that kernels/ and bench/ lie inside, and every folder has an __init__.py.
+build/house: .venv/.installed
+	rm -rf $@
+	$(BIN)/python -W ignore setup.py -q build_py --build-lib $@ 2>&1 | grep -v byte-compiling || true
+	find $@ -mindepth 1 -type d -exec touch {}/__init__.py \;
+
+house: .venv/.installed  ## draw docs/house.svg from the imports
+	$(BIN)/python docs/draw_house.py docs/house.svg
 
 distill: .venv/.installed  ## train a small student from a small teacher in six ways
 	$(BIN)/python -m drift_gate distill
@@ -69,11 +80,11 @@ wheel-check: .venv/.installed  ## build the wheel from the sdist, and import it 
 	  assert all(module.__file__.startswith(os.getcwd()) for module in (kernels, bench))"
 
 clean:  ## remove .venv and everything built
-	rm -rf .venv build dist *.egg-info drift_gate/native/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info drift_gate/passes/native/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # ttsem asks for Python 3.12, and runs on less.
-.venv/.installed: requirements-dev.txt pyproject.toml setup.py $(wildcard drift_gate/native/*.[ch])
+.venv/.installed: requirements-dev.txt pyproject.toml setup.py $(wildcard drift_gate/passes/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
 	  || { echo 'drift_gate needs Python 3.10 to 3.13: make PYTHON=python3.12 ...' >&2; exit 1; }
 	$(PYTHON) -m venv .venv

@@ -11,9 +11,9 @@ FOLDERS = {"drift_gate": "drift_gate", "drift_gate.kernels": "kernels", "drift_g
 
 # Loaded by ctypes, no module of Python's; without a compiler the package does without.
 ROWS = Extension(
-    "drift_gate.native._rows",
-    ["drift_gate/native/rows.c"],
-    depends=sorted(str(path) for path in Path("drift_gate/native").glob("*.h")),
+    "drift_gate.passes.native._rows",
+    ["drift_gate/passes/native/rows.c"],
+    depends=sorted(str(path) for path in Path("drift_gate/passes/native").glob("*.h")),
     extra_compile_args=[
         "-std=c11",
         "-O3",

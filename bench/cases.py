@@ -26,7 +26,7 @@ class Case(NamedTuple):
     dtype: str
     k: int = 0  # listed words of a row; 0 where the suite has none
     hidden: int = 0  # width of the hidden states; 0 where the suite starts from logits
-    kind: str = "peaked"  # or "normal": see inputs.py
+    kind: str = "peaked"  # or "live", "zipf", "normal": see inputs.py
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -69,7 +69,8 @@ def cases(anchor: Case, works: Sequence[str], grid: str, on_gpu: bool) -> list[C
         powers = range(1, GROWTH.bit_length() - 1)  # between the ends, which come first
         rows = [short, GROWTH * short, *(short << power for power in powers)]
         return [small._replace(rows=n) for n in rows]
-    axes: dict[str, Sequence[int | str]] = {"rows": ROWS, "kind": ("normal",), "dtype": DTYPES}
+    kinds = ("normal", "zipf") if anchor.k and anchor.hidden else ("normal",)
+    axes: dict[str, Sequence[int | str]] = {"rows": ROWS, "kind": kinds, "dtype": DTYPES}
     if anchor.vocab:
         axes["vocab"] = VOCABS
     if anchor.k:
@@ -80,7 +81,7 @@ def cases(anchor: Case, works: Sequence[str], grid: str, on_gpu: bool) -> list[C
     if grid == "star":
         found += [anchor._replace(**{name: v}) for name, values in axes.items() for v in values]
     else:
-        axes["kind"] = ("peaked", "normal")
+        axes["kind"] = ("peaked", *kinds)
         for name, values in axes.items():
             anchors = [case._replace(**{name: value}) for case in anchors for value in values]
         found += anchors

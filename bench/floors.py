@@ -1,8 +1,10 @@
-"""What each work must move and compute, from its sizes alone.
+"""What each work must move and compute, from its sizes and the rows that are live.
 
 Bytes are those of tensors of the vocabulary's (or of the head's) size that are read or written once
-each, and of the row data beside them; for the passes they are what the kernels declare. Operations
-count one for an exponential, as for an addition: they place a work on the roofline, no more.
+each, and of the row data beside them; for the passes they are what the kernels declare. A backward
+need not read a row whose gradient is 0 (a clipped row of sampled tokens): a floor that counted it
+would flatter whoever leaves it out. Operations count one for an exponential, as for an addition:
+they place a work on the roofline, no more.
 """
 
 from __future__ import annotations
@@ -19,11 +21,16 @@ DIVERGENCE_FLOPS = 14
 class Floor(NamedTuple):
     """The least that a work costs on any machine."""
 
-    bytes: int
+    bytes: int  # with every row live
     flops: int
+    unread: int = 0  # bytes that need not be read for a row whose gradient is 0
 
     def __add__(self, other: tuple) -> Floor:
-        return Floor(self.bytes + other[0], self.flops + other[1])
+        return Floor(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def with_dead(self, rows: int) -> Floor:
+        """The same where so many rows have a gradient of 0."""
+        return self._replace(bytes=self.bytes - rows * self.unread)
 
 
 def scan(case: Case, k: int, *, with_entropy: bool = False) -> Floor:
@@ -36,8 +43,9 @@ def scan(case: Case, k: int, *, with_entropy: bool = False) -> Floor:
 def expand(case: Case, k: int, *, read: bool = True) -> Floor:
     """One write of the gradient, and one read of the logits unless alpha is 0."""
     logits = case.rows * case.vocab
-    row = 12 + k * (8 + 4 + 4)
-    return Floor(logits * case.itemsize * (1 + read) + case.rows * row, EXPAND_FLOPS * logits)
+    row, width = 12 + k * (8 + 4 + 4), case.vocab * case.itemsize
+    bytes_ = case.rows * (width * (1 + read) + row)
+    return Floor(bytes_, EXPAND_FLOPS * logits, width if read else 0)
 
 
 def rows(case: Case) -> Floor:
@@ -53,10 +61,13 @@ def topk_rows(case: Case) -> Floor:
     return Floor(words * (4 + 4 + 1 + 4) + case.rows * (1 + 16), 12 * words)
 
 
-def divergence(case: Case) -> Floor:
-    """One read of both logits; row data as the kernel declares it."""
-    logits = case.rows * case.vocab
-    bytes_ = 2 * logits * case.itemsize + case.rows * (8 + 1 + 28)
+def divergence(case: Case, direction: str = "reverse") -> Floor:
+    """One read of both logits; row data as the kernel declares it.
+
+    Two reads for the JSD: the mixture is not known before both logsumexps are.
+    """
+    logits, reads = case.rows * case.vocab, 1 + (direction == "jsd")
+    bytes_ = reads * 2 * logits * case.itemsize + case.rows * (8 + 1 + 28)
     return Floor(bytes_, DIVERGENCE_FLOPS * logits)
 
 

@@ -1,129 +1,132 @@
 #!/usr/bin/env bash
-# Everything worth knowing of a GPU at hand, in at most nine minutes and in one folder:
+# What is worth knowing of a GPU at hand, in at most six minutes and eight files of one folder:
 #
-#     bench/gpu.sh [FOLDER]        or OUT=FOLDER bench/gpu.sh
+#     bench/gpu.sh [--dry] [FOLDER]        or OUT=FOLDER bench/gpu.sh; else runs/gpu
 #
-# Tests on the device, compute-sanitizer, a sweep over tiles, warps and stages, the benchmarks beside
-# whatever peers are installed, profile counters of the slowest pass. A stage that fails, or runs out
-# of its time, leaves the others alone; what it had measured is kept and printed.
+#     gpu.txt        machine, how each part ended, and what it printed
+#     tests.txt      the kernels' tests on the device
+#     targets.json   the README's rows: this package, the eager loss, bare products
+#     long.json      the row of 65,536 tokens
+#     host.json      what a call costs the host
+#     sweep.json     tiles, warps and stages of every pass
+#     profile.txt    the pass farthest from the copy bandwidth under torch.profiler
+#     peers.json     the README's rows again, with whoever else is installed, in the time left
 #
-# Needs torch, Triton, numpy, pytest, hypothesis and pytest-benchmark; nothing need be installed of
-# this package. Without a CUDA device, or with DRY=1, every stage runs on tiny inputs on the CPU.
+# In this order of importance; a part that fails, or runs out of its time, leaves the others alone,
+# and what it had measured is kept. Needs torch, Triton, numpy, pytest, hypothesis and
+# pytest-benchmark; nothing need be installed of this package. With --dry, or without a CUDA device,
+# every part runs on tiny inputs on the CPU.
 #
-#     STAGES   what to run (tests sanitizer sweep bench profile)
-#     SUITES   files of bench/suites to run, in this order
+#     PARTS    what to run (tests targets long host sweep profile peers)
+#     LIMIT    seconds for everything
 #     PYTHON   the interpreter
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
-OUT=${1:-${OUT:-bench-gpu}}
-PYTHON=${PYTHON:-python}
-STAGES=${STAGES:-tests sanitizer sweep bench profile}
-LIMIT=${LIMIT:-535}  # seconds for everything
+DRY=${DRY:-}
+if [ "${1:-}" = --dry ]; then DRY=1; shift; fi
+OUT=${1:-${OUT:-runs/gpu}}
+PARTS=${PARTS:-tests targets long host sweep profile peers}
+LIMIT=${LIMIT:-350}
+PYTHON=${PYTHON:-$(command -v python3 || command -v python)}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/drift_gate_triton}
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
+LOG=$OUT/gpu.txt
 SECONDS=0
 
-DRY=${DRY:-}
 if [ -z "$DRY" ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   DRY=1
 fi
 if [ -n "$DRY" ]; then
-  export CUDA_VISIBLE_DEVICES=
-  export DRIFT_GATE_KERNELS=${DRIFT_GATE_KERNELS:-off}
+  LIMIT=1200  # a busy machine is no reason to fail
+  export CUDA_VISIBLE_DEVICES= DRIFT_GATE_KERNELS=off TORCHDYNAMO_DISABLE=1
   export OMP_NUM_THREADS=1  # tiny work, and threads that wait for one another
-  GRID=dry ROUNDS=2 SUITES=${SUITES:-rows topk_rows}
+  GRID=dry ROUNDS=1 SUITES='rows topk_loss' WORKERS=0 TINY=--small
+  SHORT='drift_gate' LONG='drift_gate' ALL='not compile' SWEEP=2
   echo "dry run: tiny inputs on the CPU; the times mean nothing"
 else
-  GRID=${GRID:-star} ROUNDS=${ROUNDS:-5}
-  SUITES=${SUITES:-opd_loss topk_loss linear_opd_loss linear_topk_loss scan expand full_loss rows
-    topk_rows linear_full_loss linear_token_log_probs linear_gather_lse}
+  GRID=targets ROUNDS=5 SUITES='opd_loss linear_topk_loss linear_opd_loss topk_loss full_loss'
+  WORKERS=8 TINY=
+  SHORT='(drift_gate or GEMM) and not 65536' LONG='(drift_gate or GEMM) and 65536'
+  ALL='not 65536' SWEEP=38
 fi
 
-# stage NAME SECONDS COMMAND...: run it within its time and what is left, and say how it ended.
-stage() {
-  local name=$1 limit=$2 left=$((LIMIT - SECONDS)) start=$SECONDS code
-  shift 2
-  if [ "$left" -lt 5 ]; then
-    echo "$name: not run, the time is up" | tee -a "$OUT/stages.txt"
+# part NAME SECONDS FILE COMMAND...: run it within its time and what is left, print into FILE, and
+# say how it ended.
+part() {
+  local name=$1 limit=$2 file=$3 left=$((LIMIT - SECONDS)) start=$SECONDS signal=TERM code
+  shift 3
+  case " $PARTS " in *" $name "*) ;; *) return ;; esac
+  if [ "$left" -lt 10 ]; then
+    echo "== $name: not run, the time is up" | tee -a "$LOG"
     return
   fi
-  [ -z "$DRY" ] || limit=300  # a busy machine is no reason to fail
+  [ -z "$DRY" ] || limit=$left
   [ "$limit" -lt "$left" ] || limit=$left
-  echo "== $name, at most $limit s"
-  timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1
+  # The suites write what they have on either; pytest alone says what failed on Ctrl-C.
+  [ "$name" = tests ] && signal=INT
+  timeout --signal="$signal" --kill-after=5 "$limit" "$@" >>"$file" 2>&1
   code=$?
   case $code in
-    0) echo "$name: done in $((SECONDS - start)) s" ;;
-    124 | 137) echo "$name: cut short after $limit s" ;;
-    *) echo "$name: exit code $code, see $name.log" ;;
-  esac | tee -a "$OUT/stages.txt"
-  tail -n "${TAIL:-15}" "$OUT/$name.log"
+    0) echo "== $name: done in $((SECONDS - start)) s" ;;
+    124 | 137) echo "== $name: cut short after $limit s" ;;
+    *) echo "== $name: exit code $code after $((SECONDS - start)) s" ;;
+  esac | tee -a "$LOG"
 }
 
-wanted() { case " $STAGES " in *" $1 "*) return 0 ;; esac; return 1; }
+# bench NAME SECONDS GRID CHOSEN SUITE...: measure, into NAME.json, then as text.
+bench() {
+  local name=$1 limit=$2 grid=$3 chosen=$4 files=() suite
+  shift 4
+  case " $PARTS " in *" $name "*) ;; *) return ;; esac
+  for suite in "$@"; do files+=("bench/suites/test_$suite.py"); done
+  part "$name" "$limit" "$LOG" "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short \
+    "${files[@]}" -k "$chosen" --benchmark-quiet --bench-grid "$grid" --bench-rounds "$ROUNDS" \
+    --bench-budget $((limit - 15)) --bench-out "$OUT/$name.json"
+  timeout 30 "$PYTHON" -m drift_gate.bench.summary --no-pictures "$OUT/$name.json" 2>&1 |
+    tee -a "$LOG"
+}
 
-: >"$OUT/stages.txt"
 {
   date
-  git rev-parse HEAD 2>/dev/null
-  git status --porcelain 2>/dev/null
+  git rev-parse HEAD
+  git status --porcelain
   command -v nvidia-smi >/dev/null && nvidia-smi
   "$PYTHON" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__)'
-} >"$OUT/machine.txt" 2>&1
+} >"$LOG" 2>&1
 
-if wanted tests; then
-  workers=
-  "$PYTHON" -c 'import xdist' 2>/dev/null && workers='-n 4'
-  stage test_gpu 60 "$PYTHON" -m pytest -v -p no:cacheprovider tests/test_gpu.py
-  if [ -z "$DRY" ]; then
-    # shellcheck disable=SC2086  # two words, or none
-    stage test_kernels 70 "$PYTHON" -m pytest -v -p no:cacheprovider $workers \
-      tests/test_kernels_*.py
-  fi
+# The functions in C, where they are missing and there is a compiler: while the tests run.
+built=
+if command -v "${CC:-cc}" >/dev/null && "$PYTHON" -c '
+import sys, setuptools
+from drift_gate.bench.internals import instruction_set
+sys.exit(instruction_set() != "none")' 2>/dev/null; then
+  timeout 100 "$PYTHON" setup.py -q build_ext --inplace >/dev/null 2>&1 &
+  built=$!
 fi
 
-if wanted sanitizer; then
-  if command -v compute-sanitizer >/dev/null && [ -z "$DRY" ]; then
-    for tool in memcheck racecheck; do
-      stage "sanitizer_$tool" 30 compute-sanitizer --tool "$tool" --target-processes all \
-        "$PYTHON" -m drift_gate.bench.sweep --small --seconds 0 --out "$OUT/sanitizer.json"
-    done
-  else
-    stage small_shapes 40 "$PYTHON" -m drift_gate.bench.sweep --small --seconds 0 \
-      --out "$OUT/small_shapes.json"
-    echo "sanitizer: left out, no compute-sanitizer or no GPU" | tee -a "$OUT/stages.txt"
-  fi
+: >"$OUT/tests.txt"
+workers=()
+[ "$WORKERS" = 0 ] || ! "$PYTHON" -c 'import xdist' 2>/dev/null || workers=(-n "$WORKERS")
+part tests 120 "$OUT/tests.txt" env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -v --tb=short -rf \
+  -p no:cacheprovider ${workers[@]+"${workers[@]}"} \
+  tests/test_gpu.py tests/test_bench_device.py tests/test_kernels_*.py
+tail -n 30 "$OUT/tests.txt" | grep -E '^(FAILED|ERROR|=)' | tee -a "$LOG"
+if [ -n "$built" ]; then
+  wait "$built" && echo "== built the functions in C" >>"$LOG"
 fi
 
-if wanted sweep; then
-  seconds=85
-  [ -z "$DRY" ] || seconds=5
-  TAIL=40 stage sweep 105 "$PYTHON" -m drift_gate.bench.sweep --seconds "$seconds" \
-    --out "$OUT/sweep.json"
-fi
+# shellcheck disable=SC2086  # words
+bench targets 110 "$GRID" "$SHORT" $SUITES
+bench long 40 "$GRID" "$LONG" "$([ -n "$DRY" ] && echo rows || echo linear_opd_loss)"
+bench host 45 "$GRID" 'test_host' host
+part sweep 50 "$LOG" "$PYTHON" -m drift_gate.bench.sweep $TINY \
+  --seconds "$SWEEP" --out "$OUT/sweep.json"
+part profile 25 /dev/null "$PYTHON" -m drift_gate.bench.profile_pass --sweep "$OUT/sweep.json" \
+  --out "$OUT/profile.txt"
+# shellcheck disable=SC2086  # words
+bench peers $((LIMIT - SECONDS > 45 ? LIMIT - SECONDS - 30 : 15)) "$GRID" "$ALL" $SUITES
 
-if wanted bench; then
-  files=
-  for suite in $SUITES; do files="$files bench/suites/test_$suite.py"; done
-  # shellcheck disable=SC2086  # words
-  TAIL=3 stage bench 215 "$PYTHON" -m pytest -q -p no:cacheprovider $files \
-    --bench-grid "$GRID" --bench-rounds "$ROUNDS" --bench-budget 195 \
-    --bench-out "$OUT/results.json" --benchmark-json "$OUT/pytest_benchmark.json"
-  TAIL=400 stage summary 40 "$PYTHON" -m drift_gate.bench.summary "$OUT/results.json"
-fi
-
-if wanted profile; then
-  TAIL=30 stage profile 45 "$PYTHON" -m drift_gate.bench.profile_pass --sweep "$OUT/sweep.json" \
-    --out "$OUT/profile.txt"
-  if command -v ncu >/dev/null && [ -z "$DRY" ]; then
-    TAIL=80 stage ncu 45 ncu --set full --target-processes all --launch-count 2 \
-      --kernel-name 'regex:^_(scan|expand|entries|divergence|divergence_grad)$' \
-      "$PYTHON" -m drift_gate.bench.profile_pass --plain --sweep "$OUT/sweep.json"
-  fi
-fi
-
-echo "== after $SECONDS s, in $OUT:"
-cat "$OUT/stages.txt"
+echo "== after $SECONDS s, in $OUT: $(cd "$OUT" && echo *)" | tee -a "$LOG"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from .cases import Case
 from .record import Result
+from .verdict import sound
 
 GROWN = 16  # a factor of rows from which the cost of a row is worth showing
 
@@ -30,8 +31,8 @@ class Growth(NamedTuple):
 def found_in(results: Iterable[Result]) -> Iterator[Growth]:
     """Of every suite and device the size whose N spans most, if it spans enough."""
     sizes: dict[tuple[str, str], dict[Case, list[Result]]] = {}
-    for r in results:
-        if r.seconds:
+    for r in sound(results):
+        if r.host is None:
             one = sizes.setdefault((r.suite, r.machine["device"]), {})
             one.setdefault(r.size._replace(rows=0), []).append(r)
     for (suite, _), mine in sizes.items():

@@ -7,12 +7,13 @@ import functools
 import gc
 import importlib
 import math
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 
-from . import targets, timing
+from . import device_time, targets, timing
 from .bounds import Bounds
 from .calls import Call, Leaves, Run, call
 from .cases import Anchor, Case, cases
@@ -53,6 +54,7 @@ class Suite(NamedTuple):
     truths: Callable[[Work], dict[str, Truth]]
     implementations: tuple[Implementation, ...]
     leaves: tuple[str, ...] = ("logits",)  # fields of Work that the gradient is taken in
+    live: Callable[[Work], int] | None = None  # rows whose gradient is not 0; None: all
 
     def cases(self, grid: str, on_gpu: bool) -> list[Case]:
         """The sizes of a grid; those that the README's rows need first."""
@@ -71,6 +73,13 @@ class Suite(NamedTuple):
             own = (BASELINE, COMPILED)
             return [i for i in self.implementations if i.name in own or i.name.startswith(OURS)]
         return list(self.implementations)
+
+    def measure(
+        self, case: Case, device: torch.device, bounds: Bounds, wanted: Iterable[str] = (),
+        keep: Callable[[dict[str, Result]], object] = lambda results: None,
+    ) -> dict[str, Result]:  # fmt: skip
+        """See `measure` below."""
+        return measure(self, case, device, bounds, wanted, keep)
 
 
 def load_suite(name: str) -> Suite:
@@ -127,13 +136,7 @@ def measure(
     `keep` is called with what there is so far, and again whenever there is more.
     """
     chosen = [i for i in suite.implementations if not wanted or i.name in (*wanted, BASELINE)]
-    floor = suite.floor(case)
-    blank = functools.partial(
-        Result, suite.name, case._asdict(), baseline=BASELINE, bytes_must_move=floor.bytes,
-        flops=floor.flops, machine=_machine(device),
-        copy_bytes_per_s=timing.copy_bandwidth(device), gemm_flops_per_s=_gemm_rate(case, device),
-    )  # fmt: skip
-    results = {i.name: blank(implementation=i.name, note=i.note, left_out=CUT) for i in chosen}
+    results = _blank(suite, case, device, chosen)
     keep(results)
     try:
         work = _inputs(suite, case, device)
@@ -141,46 +144,113 @@ def measure(
         for result in results.values():
             result.left_out = str(reason)
         return results
+    _count_live_rows(suite, work, results)
     truths = suite.truths(work)
     leaves = Leaves([getattr(work, name) for name in suite.leaves])
     warm: dict[str, float] = {}  # seconds of a call of those that take part in the rounds
-    runs = {}
+    runs: dict[str, Run] = {}
+    timers: dict[str, device_time.Timer] = {}
     for implementation in chosen:
         result = results[implementation.name]
-        truth = truths.get(implementation.truth, {})
         try:
             run = _prepared(implementation, work, leaves)
             gc.freeze()  # what a peer imports need not be walked after every call
+            truth = truths.get(implementation.truth, {})
             one = functools.partial(call, run, leaves, truth, device)
-            found, result.one_call = _called(implementation, one, warm, bounds, device)
-            seconds, result.extra_bytes, result.gradient_bytes, result.errors = found
-            if result.one_call:
-                result.seconds, result.left_out = [[seconds]], None
-                result.ratio_quartiles = (seconds / warm[BASELINE],) * 3
-            else:
-                runs[implementation.name], warm[implementation.name] = run, seconds
+            if _warmed(implementation, one, result, warm, bounds, device):
+                runs[implementation.name] = run
+                if device.type == "cuda":
+                    _time_device(result, run, timers, device)
         except OtherWork:
             del results[implementation.name]
-        except LeftOut as reason:
-            result.left_out = str(reason)
-        except torch.OutOfMemoryError:
-            result.left_out = "out of memory"
         except Exception as error:  # what a peer may raise is not known
-            if not implementation.may_fail:
+            if not implementation.may_fail and not isinstance(error, LEAVES_OUT):
                 raise
-            first = (str(error).strip().splitlines() or [""])[0]
-            result.left_out = f"{type(error).__name__}: {first}"
+            result.left_out = _reason(error)
         finally:
             leaves.restore()
             _forget(device)
         keep(results)
-    for times in timing.interleaved(runs, device, bounds.rounds, bounds.end):
+    pause = PAUSE if case.hidden and device.type == "cuda" else 0.0
+    for times in timing.interleaved(runs, device, bounds.rounds, bounds.end, pause):
         for name, rounds in times.items():
             results[name].seconds, results[name].left_out = rounds, None
+        for name, timer in timers.items():
+            time.sleep(pause)
+            results[name].device_seconds.append(timer())
         _compare(results)
         keep(results)
     leaves.restore()
     return results
+
+
+LEAVES_OUT = LeftOut, torch.OutOfMemoryError  # even this package and the baseline
+PAUSE = 0.1  # seconds before each run of a round with products, on a GPU
+DEVICE_SAMPLES = 3  # of those whose graph would take memory from the others during the rounds
+
+
+def _reason(error: Exception) -> str:
+    """Why somebody is left out, in a line."""
+    if isinstance(error, LeftOut):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
+
+
+def _blank(
+    suite: Suite, case: Case, device: torch.device, chosen: list[Implementation]
+) -> dict[str, Result]:
+    """Results of a case before anything was measured, all rows taken to be live."""
+    floor = suite.floor(case)
+    blank = functools.partial(
+        Result, suite.name, case._asdict(), baseline=BASELINE, bytes_must_move=floor.bytes,
+        flops=floor.flops, machine=machine(device),
+        copy_bytes_per_s=timing.copy_bandwidth(device), gemm_flops_per_s=_gemm_rate(case, device),
+    )  # fmt: skip
+    return {i.name: blank(implementation=i.name, note=i.note, left_out=CUT) for i in chosen}
+
+
+def _count_live_rows(suite: Suite, work: Work, results: dict[str, Result]) -> None:
+    """Say how many rows have a gradient, and take what need not be read out of the floor."""
+    rows, floor = work.case.rows, suite.floor(work.case)
+    live = suite.live(work) if suite.live is not None and floor.unread else rows
+    for result in results.values():
+        result.live_rows = live
+        result.bytes_must_move = floor.with_dead(rows - live).bytes
+
+
+def _time_device(
+    result: Result, run: Run, timers: dict[str, device_time.Timer], device: torch.device
+) -> None:
+    """Of this package and the bare products in every round, side by side; of the others now."""
+    found = device_time.timer(*run, device)
+    if found is None:
+        return
+    timer, result.device_by = found
+    name = result.implementation
+    if name.startswith(OURS) or name in (GEMM, GEMMS):
+        timers[name] = timer
+        return
+    for _ in range(DEVICE_SAMPLES):
+        time.sleep(PAUSE if result.gemm_flops_per_s else 0.0)
+        result.device_seconds.append(timer())
+
+
+def _warmed(
+    implementation: Implementation, one: Callable[[float], Call], result: Result,
+    warm: dict[str, float], bounds: Bounds, device: torch.device,
+) -> bool:  # fmt: skip
+    """Call until warm, note memory and errors, and say whether it takes part in the rounds."""
+    found, result.one_call = _called(implementation, one, warm, bounds, device)
+    seconds, result.extra_bytes, result.gradient_bytes, result.errors = found
+    if not result.one_call:
+        warm[implementation.name] = seconds
+        return True
+    result.seconds, result.left_out = [[seconds]], None
+    result.ratio_quartiles = (seconds / warm[BASELINE],) * 3
+    return False
 
 
 _LAST: dict[str, Work] = {}  # the inputs drawn last: works of one size follow one another
@@ -204,7 +274,7 @@ def _inputs(suite: Suite, case: Case, device: torch.device) -> Work:
     return dataclasses.replace(_LAST[key], case=case)
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """The environment, with the versions of what this package and its peers are made of."""
     return dict(_environment(device))
 

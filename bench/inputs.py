@@ -1,9 +1,16 @@
 """Inputs of the benchmarks, and the float64 statistics that their truth is made of.
 
-Two kinds. "peaked": noise, and one word a row that takes anything from little to nearly all of the
-mass, as in a trained model. "normal": unit noise, where every word has about the same mass. Clocks
-and skipped work differ between them; nothing is ever zero. Labels are sampled from the student, the
-old policy is 0.3 nats away, the teacher 1.
+Kinds (Case.kind):
+
+    peaked  noise, and one word a row that takes anything from little to nearly all of the mass, as
+            in a trained model; the old policy is 0.3 nats away, so that PPO clips a third of the
+            rows: their gradient is 0, and a backward need not read them
+    live    the same, with the old policy so near that no row is clipped
+    zipf    the same as peaked, but the teacher lists words by a Zipf law: a few stand in nearly
+            every row, as in text, where the likeliest words of noise are spread evenly
+    normal  unit noise, where every word has about the same mass
+
+Labels are sampled from the student, and the teacher is 1 nat away.
 """
 
 from __future__ import annotations
@@ -18,6 +25,7 @@ from .cases import Case
 CHUNK_WORDS = 1 << 24  # logits worked on at once, in float64
 CHECKED = 32  # rows (and words of the head) whose gradient is compared with float64
 SPREAD, LIFT = 2.0, 16.0
+NEAR = 0.15  # nats of drift, at most, of the kind "live": within PPO's clip of 0.2
 
 
 @dataclasses.dataclass
@@ -90,7 +98,10 @@ def draw(case: Case, device: torch.device, *, full_teacher: bool = False) -> Wor
     for rows in work.chunks():
         _draw_rows(work, rows, head64, generator)
     noise = torch.randn(2, n, generator=generator, **new)
-    work.old = work.now64.float() + 0.3 * noise[0]
+    drift = 0.3 * noise[0]
+    if case.kind == "live":
+        drift = NEAR * torch.erf(noise[0])
+    work.old = work.now64.float() + drift
     work.teacher = work.now64.float() + noise[1]
     return work
 
@@ -118,7 +129,7 @@ def draw_rows(case: Case, device: torch.device) -> Work:
 def _peak(case: Case, generator: torch.Generator, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Noise of the kind's spread; and how much each row's winner is lifted, [rows, 1]."""
     new = dict(generator=generator, device=generator.device)
-    peaked = case.kind == "peaked"
+    peaked = case.kind != "normal"
     noise = torch.randn(shape, **new) * (SPREAD if peaked else 1.0)
     return noise, LIFT * peaked * torch.rand(shape[0], 1, **new)
 
@@ -157,8 +168,12 @@ def _draw_rows(work: Work, rows: slice, head64: Tensor | None, generator: torch.
         z = work.logits[rows].double()
     if work.ids is not None:
         teacher = z.float() + torch.randn(z.shape, **new)
-        top, work.ids[rows] = teacher.topk(case.k)
-        work.log_q[rows] = top - teacher.logsumexp(-1, keepdim=True)
+        if case.kind == "zipf":
+            work.ids[rows] = zipf_lists(len(teacher), case.vocab, case.k, generator)
+        else:
+            work.ids[rows] = teacher.topk(case.k).indices
+        listed = teacher.gather(-1, work.ids[rows])
+        work.log_q[rows] = listed - teacher.logsumexp(-1, keepdim=True)
         work.listed64[rows] = z.gather(-1, work.ids[rows])
         del teacher
     lse = z.logsumexp(-1)
@@ -168,6 +183,19 @@ def _draw_rows(work: Work, rows: slice, head64: Tensor | None, generator: torch.
     work.now64[rows] = log_p.gather(-1, work.labels[rows, None])[:, 0]
     work.entropy64[rows] = -p.mul_(log_p).sum(-1)
     work.lse64[rows] = lse
+
+
+def zipf_lists(rows: int, vocab: int, k: int, generator: torch.Generator) -> Tensor:
+    """k different words a row, [rows, k] int64, word v drawn with weight 1 / (v + 1).
+
+    Vocabularies of byte pairs are about sorted by frequency, so the frequent words stand side by
+    side. Without repeats: the k first of waiting times whose rates are the weights (Efraimidis and
+    Spirakis 2006).
+    """
+    new = dict(device=generator.device)
+    waits = torch.empty(rows, vocab, **new).exponential_(generator=generator)
+    rates = torch.arange(1, vocab + 1, dtype=torch.float32, **new)
+    return waits.mul_(rates).topk(k, largest=False).indices
 
 
 def _sampled(p: Tensor, generator: torch.Generator) -> Tensor:

@@ -5,3 +5,5 @@ COMPILED = "torch.compile of eager"
 OURS = "drift_gate"  # and what starts with it
 INPLACE = "drift_gate, in place"
 GEMM, GEMMS = "bare GEMM", "bare GEMMs"
+HOST = "host"  # the suite of host times
+UNIT = "torch cross_entropy"  # and what they are measured in

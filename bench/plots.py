@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from . import growth
 from .measure import slug
 from .record import Result
+from .verdict import sound
 
 # Okabe and Ito's palette, told apart by the colour-blind; markers and dashes tell apart without it.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C510A", "#999999")
@@ -45,7 +46,7 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
 
 def draw(results: list[Result], path: Path) -> list[Path]:
     """Draw everything that the results support, beside `path`; the files written."""
-    timed = [r for r in results if r.seconds]
+    timed = [r for r in sound(results) if r.host is None]
     written = []
     for suite in dict.fromkeys(r.suite for r in timed):
         mine = [r for r in timed if r.suite == suite]

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from . import targets
 from .calls import Leaves
 from .harness import Suite, load_suite
+from .internals import recorded_passes
 from .measure import environment
 from .names import OURS
 
@@ -36,7 +37,8 @@ def profiled(suite: Suite, what: str, rows: int | None = None) -> tuple[Any, Any
     torch.set_num_threads(1)  # other threads' operations are not recorded
     try:
         run(*leaves.tensors)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        x = leaves.tensors[0]
+        with recorded_passes(x), profile(activities=[ProfilerActivity.CPU]) as profiler:
             for _ in range(CALLS):
                 run(*leaves.tensors)
     finally:

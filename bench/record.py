@@ -36,6 +36,10 @@ class Result:
     ratio_quartiles: tuple[float, float, float] | None = None  # of time, by round
     extra_bytes: int | None = None  # exact peak beyond the inputs, gradients included
     gradient_bytes: int = 0  # of the gradients returned in memory of their own
+    live_rows: int | None = None  # whose gradient is not 0: bytes_must_move reads those; see floors
+    device_seconds: list[float] = dataclasses.field(default_factory=list)  # on a GPU
+    device_by: str | None = None  # how: see device_time.py
+    host: dict[str, int] | None = None  # of the suite host: what a call does, see host.py
     extra_ratio: float | None = None
     errors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
@@ -53,9 +57,19 @@ class Result:
         return self.quartiles[1]
 
     @property
+    def device(self) -> float | None:
+        """Median seconds of the device alone."""
+        return quartiles(self.device_seconds)[1] if self.device_seconds else None
+
+    @property
+    def fastest(self) -> float:
+        """Seconds of the device alone where they were measured, else of the call."""
+        return self.device or self.median
+
+    @property
     def bytes_per_s(self) -> float:
         """Bytes that the work must move, over the time it took."""
-        return self.bytes_must_move / self.median
+        return self.bytes_must_move / self.fastest
 
     @property
     def fraction_of_copy(self) -> float:
@@ -64,7 +78,12 @@ class Result:
     @property
     def fraction_of_gemm(self) -> float | None:
         rate = self.gemm_flops_per_s
-        return None if rate is None else self.flops / self.median / rate
+        return None if rate is None else self.flops / self.fastest / rate
+
+    @property
+    def of_case(self) -> tuple[Any, ...]:
+        """What measurements of one case on one device share."""
+        return self.suite, tuple(sorted(self.case.items())), self.machine["device"]
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -84,6 +103,7 @@ class Result:
                 "gb_per_s": self.bytes_per_s / 1e9,
                 "fraction_of_copy": self.fraction_of_copy,
                 "fraction_of_gemm": self.fraction_of_gemm,
+                "device_median": self.device,
             }
         return dataclasses.asdict(self) | derived
 
@@ -119,12 +139,28 @@ def write(path: Path, results: list[Result]) -> None:
 def read(path: Path) -> list[Result]:
     """Results of a file, or of the files of every device in a folder, oldest first.
 
+    A folder may hold sweeps (see sweep.py) too; they are passed over.
+
     Raises:
         ValueError: the file is none of this schema.
     """
     if path.is_dir():
-        return [r for file in sorted(path.glob("*/*.json")) for r in read(file)]
-    data = json.loads(path.read_text())
+        files = [(file, json.loads(file.read_text())) for file in sorted(path.glob("*/*.json"))]
+        found = [_results(file, data) for file, data in files if not _is_sweep(data)]
+        # A day's files in the order of their names.
+        return [r for one in sorted(found, key=_date) for r in one]
+    return _results(path, json.loads(path.read_text()))
+
+
+def _is_sweep(data: Any) -> bool:
+    return isinstance(data, dict) and "schema" not in data and "machine" in data
+
+
+def _date(results: list[Result]) -> str:
+    return max((r.machine["date"] for r in results), default="")
+
+
+def _results(path: Path, data: Any) -> list[Result]:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ValueError(f"{path} holds no benchmark results of schema {SCHEMA}")
     return [Result.from_dict(result) for result in data["results"]]

@@ -10,7 +10,9 @@ from rich.table import Table
 
 from .compare import Change
 from .growth import Growth, cells
+from .names import HOST
 from .record import Result
+from .verdict import verdicts
 
 
 def duration(seconds: float) -> str:
@@ -57,6 +59,9 @@ def tables(results: Iterable[Result], width: int) -> Iterator[Table]:
     for result in results:
         cases.setdefault((result.suite, result.size), []).append(result)
     for (suite, case), found in cases.items():
+        if suite == HOST:
+            yield host_table(f"{suite}: {case}", found)
+            continue
         yield table(f"{suite}: {case}", found, width >= WIDE)
 
 
@@ -66,31 +71,75 @@ def table(title: str, results: list[Result], wide: bool) -> Table:
     caption = [f"must move {size(first.bytes_must_move)}; copy {size(first.copy_bytes_per_s)}/s"]
     if first.gemm_flops_per_s:
         caption[0] += f"; GEMM {first.gemm_flops_per_s / 1e12:.3g} Tflop/s"
-    measured = [r for r in results if r.seconds]
+    if first.live_rows is not None and first.size.rows:
+        caption[0] += f"; {first.live_rows / first.size.rows:.1%} of the rows live"
+    measured, bad = [r for r in results if r.seconds], verdicts(results)
     for note in dict.fromkeys(r.note for r in measured if r.note):
         names = "; ".join(r.implementation for r in measured if r.note == note)
         caption.append(f"{note}: {names}")
+    caption += [f"wrong: {r.implementation}: {bad[id(r)]}" for r in results if id(r) in bad]
+    caption += [f"left out: {r.implementation}: {r.left_out}" for r in results if r.left_out]
+    on_gpu = any(r.device_seconds for r in results)
+    shown = Table(
+        title=title, caption="\n".join(map(escape, caption)), box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        caption_justify="left", show_edge=False,
+    )  # fmt: skip
+    shown.add_column("")
+    times = ("device", "call", "±%") if on_gpu else ("time", "±%")
+    for name in (*times, "ratio", "GB/s", "roof", "extra", "error", "rms")[: 5 + len(times) + wide]:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for result in measured:
+        cells = ["-"] * (3 + len(times))
+        cells[len(times) - 2] = "wrong"
+        if id(result) not in bad:
+            cells = _times(result, on_gpu)
+        errors = error(result)[: 1 + wide]
+        shown.add_row(result.implementation, *cells, size(result.extra_bytes or 0), *errors)
+    return shown
+
+
+def host_table(title: str, results: list[Result]) -> Table:
+    """What a call of each function costs the host."""
+    caption = [
+        f"forward and backward, but where noted; ratio: to {results[0].baseline}; ops: as "
+        "torch.profiler counts them; launches: all kernels on a GPU, Triton's alone without one"
+    ]
+    noted = [r for r in results if r.note]
+    caption += [f"{r.implementation}: {r.note}" for r in noted]
     caption += [f"left out: {r.implementation}: {r.left_out}" for r in results if r.left_out]
     shown = Table(
         title=title, caption="\n".join(map(escape, caption)), box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
         caption_justify="left", show_edge=False,
     )  # fmt: skip
     shown.add_column("")
-    for name in ("time", "±%", "ratio", "GB/s", "roof", "extra", "error", "rms")[: 7 + wide]:
+    for name in ("time", "±%", "ratio", "Python calls", "ops", "launches"):
         shown.add_column(name, justify="right", no_wrap=True)
-    for result in measured:
-        ratio = result.ratio_quartiles
+    for result in results:
+        if not result.seconds or result.host is None:
+            continue
+        ratio, count = result.ratio_quartiles, result.host
         shown.add_row(
             result.implementation,
             duration(result.median),
             spread(result),
             f"{ratio[1]:.3g}" if ratio else "-",
-            f"{result.bytes_per_s / 1e9:.2g}",
-            f"{max(result.fraction_of_copy, result.fraction_of_gemm or 0):.2f}",
-            size(result.extra_bytes or 0),
-            *error(result)[: 1 + wide],
+            *(str(count.get(what, "-")) for what in ("python_calls", "ops", "launches")),
         )
     return shown
+
+
+def _times(result: Result, on_gpu: bool) -> list[str]:
+    """Cells of one row from the times to the roof."""
+    ratio = result.ratio_quartiles
+    device = [duration(result.device) if result.device else "-"] if on_gpu else []
+    return [
+        *device,
+        duration(result.median),
+        spread(result),
+        f"{ratio[1]:.3g}" if ratio else "-",
+        f"{result.bytes_per_s / 1e9:.2g}",
+        f"{max(result.fraction_of_copy, result.fraction_of_gemm or 0):.2f}",
+    ]
 
 
 def grown(growth: Growth) -> Table:
@@ -109,11 +158,14 @@ def grown(growth: Growth) -> Table:
 
 
 LEGEND = (
-    "time: median; ±%: half its interquartile range; ratio: to eager, median over paired rounds; "
-    "GB/s: bytes that must move over the time; roof: the larger fraction of the copy bandwidth and "
-    "of the GEMM rate, measured in this run; extra: exact peak beyond the inputs, gradients "
-    "included; error: the largest of the gradient (else of the log-probs) against float64, over "
-    "its largest entry; rms, on a wide terminal: its root mean square"
+    "time, or call: median; device: without the host, a CUDA graph's replay or the kernels summed; "
+    "±%: half the interquartile range of the call; ratio: to eager, median over paired rounds; "
+    "GB/s: bytes that must move over the time (of the device, where it is known); live rows have a "
+    "gradient that is not 0, others need not be read for it; roof: the larger fraction of the copy "
+    "bandwidth and of the GEMM rate, measured in this run; extra: exact peak beyond the inputs, "
+    "gradients included; error: the largest of the gradient (else of the log-probs) against "
+    "float64, over its largest entry; rms, on a wide terminal: its root mean square; wrong: an "
+    "output that is not finite, or too far from float64 to be the same loss"
 )
 
 

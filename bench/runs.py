@@ -8,8 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from drift_gate.backends import resolve
-
 from .harness import Implementation
 from .inputs import Work
 from .names import BASELINE, COMPILED
@@ -68,11 +66,6 @@ def finished(
         peer.name + suffix, lambda work: train(finish(work, peer.load(work.device))), note, truth,
         peer.temporaries, peer.overwrites, peer.compiles,
     )  # fmt: skip
-
-
-def backend(x: Tensor) -> str:
-    """The backend that "auto" takes for a tensor."""
-    return resolve("auto", x)
 
 
 def ours(name: str) -> Callable:

@@ -24,15 +24,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from drift_gate import torch_sparse
-
 from . import floors, timing
 from .cases import Case
 from .inputs import Work, draw, draw_rows
+from .internals import GateRule, PositionRule, ReduceRule, RowData
 from .measure import environment, quartiles
 
 Options = dict[str, Any]
-OPTIONS = ("num_warps", "num_stages")  # of a launch; the rest are constants of the module
+OPTIONS = ("num_warps", "num_stages")  # of a launch; the rest are constants of the module,
+# or fields of a NamedTuple that is one: "TILES.rows"
 
 
 class Sweep(NamedTuple):
@@ -40,7 +40,7 @@ class Sweep(NamedTuple):
 
     module: str  # of drift_gate.kernels
     kernels: tuple[str, ...]  # whose launches take the options
-    grid: dict[str, tuple[int, ...]]
+    grid: dict[str, tuple[Any, ...]]
     prepare: Callable[[Work], Callable[[ModuleType], object]]  # -> run(module)
     floor: Callable[[Case], floors.Floor]
     case: Case
@@ -65,7 +65,12 @@ def configured(module: ModuleType, kernels: tuple[str, ...], settings: Options) 
         AttributeError: the module has no such constant, or no such kernel.
     """
     options = {name: value for name, value in settings.items() if name in OPTIONS}
-    replaced = {name: value for name, value in settings.items() if name not in OPTIONS}
+    replaced: dict[str, Any] = {}
+    for place, value in settings.items():
+        name, _, field = place.partition(".")
+        now = replaced.get(name, getattr(module, name, None))
+        if place not in OPTIONS:
+            replaced[name] = now._replace(**{field: value}) if field else value
     replaced |= {name: WithOptions(getattr(module, name), options) for name in kernels}
     before = {name: getattr(module, name) for name in replaced}
     try:
@@ -100,30 +105,24 @@ def _expand(work: Work) -> Callable[[ModuleType], object]:
     return lambda module: module.expand(*arguments)
 
 
-def _row_blocks(work: Work) -> Callable[[ModuleType], object]:
-    valid, n = work.old == work.old, work.case.rows
-    arguments = work.now, work.old, valid, None, None, n, "block", 64, "mean", False
-    return lambda module: module.row_blocks(*arguments)
+def _rows(work: Work) -> tuple[Any, ...]:
+    """Data of one sequence and its gate, as the row functions take them."""
+    valid = torch.ones_like(work.old, dtype=torch.bool)
+    data = RowData(valid, work.now, work.old, None, None, work.case.rows)
+    return data, GateRule("block", 64, tau=1.0, normalize="batch")
 
 
-def _sampled_token(work: Work) -> Callable[[ModuleType], object]:
-    valid, n = work.old == work.old, work.case.rows
-    blocks = (work.old - work.now).expand(2, n).contiguous()
-    clips = 0.2, 0.2, 3.0, None, 1.0, "tokens", False
-    arguments = (
-        work.now,
-        work.old,
-        work.teacher,
-        valid,
-        blocks,
-        None,
-        n,
-        1.0,
-        "batch",
-        "ppo",
-        *clips,
-    )
-    return lambda module: module.sampled_token(*arguments)
+def _weigh(work: Work) -> Callable[[ModuleType], object]:
+    from drift_gate.kernels import rows
+
+    arguments = _rows(work)
+    return lambda module: rows.weigh(*arguments)
+
+
+def _finish(work: Work) -> Callable[[ModuleType], object]:
+    arguments = *_rows(work), None, None, work.teacher
+    rules = PositionRule("ppo", dual=3.0), ReduceRule(1.0, "tokens")
+    return lambda module: module.finish(*arguments, *rules)
 
 
 def _topk_rows(work: Work) -> Callable[[ModuleType], object]:
@@ -133,22 +132,28 @@ def _topk_rows(work: Work) -> Callable[[ModuleType], object]:
     return lambda module: module.topk_rows(*arguments)
 
 
-def _sparse(work: Work) -> Callable[[ModuleType], object]:
+def _weigh_words(work: Work) -> Callable[[ModuleType], object]:
     slope = torch.randn(work.ids.shape, device=work.device)
-    entries = torch_sparse.by_word(work.ids, work.case.vocab)
+    return lambda module: module.weigh_words(work.weight, work.ids, slope)
+
+
+def _sum_words(work: Work) -> Callable[[ModuleType], object]:
+    slope = torch.randn(work.ids.shape, device=work.device)
 
     def run(module: ModuleType) -> None:
-        module.weigh_words(work.weight, work.ids, slope)
-        module.sum_words(work.hidden, slope, *entries)
+        module.sum_words(work.hidden, slope, *module.by_word(work.ids, work.case.vocab))
 
     return run
 
 
-def _divergence(work: Work) -> Callable[[ModuleType], object]:
-    logits, teacher = work.logits[None], work.teacher_logits[None]
-    valid = work.old == work.old
-    arguments = logits, teacher, work.labels, valid, 1.0, 1.0, "reverse", 0.5, False
-    return lambda module: module.divergence(*arguments)
+def _divergence(direction: str) -> Callable[[Work], Callable[[ModuleType], object]]:
+    def prepare(work: Work) -> Callable[[ModuleType], object]:
+        logits, teacher = work.logits[None], work.teacher_logits[None]
+        valid = work.old == work.old
+        arguments = logits, teacher, work.labels, valid, 1.0, 1.0, direction, 0.5, False
+        return lambda module: module.divergence(*arguments)
+
+    return prepare
 
 
 def _divergence_grad(work: Work) -> Callable[[ModuleType], object]:
@@ -162,20 +167,29 @@ def _divergence_grad(work: Work) -> Callable[[ModuleType], object]:
     )
 
 
+def _lane_tiles(warps: tuple[int, ...], loads: tuple[int, ...]) -> tuple[Any, ...]:
+    """Tables of `scan` with one entry, for rows of every length."""
+    return tuple(((2**31, w, n),) for w in warps for n in loads)
+
+
 def sweeps(small: bool) -> list[Sweep]:
-    """Every pass, at the size that the README quotes; an axis starts with its present value."""
+    """Every pass, at the size that the README quotes."""
     size = (3, 200, "float32") if small else (8192, 151_936, "bfloat16")
     logits, rows = Case("", *size), Case("", 70 if small else 8192, 0, "float32")
-    warps = {"num_warps": (8, 4, 16), "num_stages": (3, 2, 4)}
-    lanes = {"LANES": (1024, 512, 2048, 256), **warps}
-    pair = {"LANES": (512, 1024, 256), **warps}
-    tiles = {"TILE_BYTES": (8192, 4096, 16_384), "TILES_PER_PROGRAM": (4, 1, 2, 8), **warps}
+    short = logits if small else logits._replace(vocab=32_000)
+    lanes = {"TILES": _lane_tiles((4, 2, 8, 1), (4, 2, 8))}
+    short_lanes = {"TILES": _lane_tiles((2, 4, 1, 8), (4, 2, 8))}
+    pair = {"NUM_WARPS": (4, 2, 8), "LOADS": (2, 1, 4)}
+    tiles = {"TILE_BYTES": (8192, 4096, 16_384), "num_warps": (8, 4, 16)}
+    alone = {"TILES_PER_PROGRAM": (8, 4, 16, 1), **tiles}
+    paired = {"TILES_PER_PROGRAM": (4, 8, 2, 1), **tiles}
     listed = rows._replace(k=8 if small else 64)
-    blocks = {"ROWS": (32, 16, 64), "COLS": (32, 64, 128), "num_warps": (8, 4)}
-    token = {"TILE": (2048, 1024, 4096), "num_warps": (16, 8)}
+    blocks = {"num_warps": (1, 2, 4)}
+    token = {"TILES.rows": (512, 256, 1024), "num_warps": (4, 8, 16)}
     k, width = (8, 40) if small else (64, 4096)
     headed = logits._replace(k=k, hidden=width)
-    wide = {"WIDTH": (512, 1024, 256), "ENTRIES": (8, 4, 16), "num_warps": (4, 8, 2)}
+    weigh = {"WEIGH_WIDTH": (512, 1024, 256), "WEIGH_ENTRIES": (2, 1, 4), "WEIGH_WARPS": (1, 2, 4)}
+    summed = {"SUM_WIDTH": (1024, 512, 2048), "SUM_WARPS": (2, 1, 4), "SEGMENT": (128, 64, 256)}
     topk = {"ELEMENTS": (2048, 1024, 4096), "num_warps": (4, 8)}
 
     def entropy(case: Case) -> floors.Floor:
@@ -184,23 +198,29 @@ def sweeps(small: bool) -> list[Sweep]:
     def one(case: Case) -> floors.Floor:
         return floors.expand(case, 1)
 
+    def two_reads(case: Case) -> floors.Floor:
+        return floors.divergence(case) + floors.divergence(case)
+
     return [
         Sweep("scan", ("_scan",), lanes, _scan, entropy, logits),
-        Sweep("expand", ("_expand",), tiles, _expand, one, logits),
-        Sweep("divergence", ("_divergence",), pair, _divergence, floors.divergence, logits),
+        Sweep("scan", ("_scan",), short_lanes, _scan, entropy, short),
+        Sweep("expand", ("_expand",), alone, _expand, one, logits),
+        Sweep("divergence", (), pair, _divergence("reverse"), floors.divergence, logits),
+        Sweep("divergence", (), pair, _divergence("jsd"), two_reads, logits),
         Sweep(
-            "divergence_grad", ("_divergence_grad",), tiles, _divergence_grad,
+            "divergence_grad", ("_divergence_grad",), paired, _divergence_grad,
             floors.divergence_grad, logits,
         ),
-        Sweep("blocks", ("_row_blocks",), blocks, _row_blocks, floors.rows, rows),
-        Sweep("sampled_token", ("_sampled_token",), token, _sampled_token, floors.rows, rows),
+        Sweep("blocks", ("_row_blocks",), blocks, _weigh, floors.rows, rows),
+        Sweep("rows", ("_sampled_token",), token, _finish, floors.rows, rows),
         Sweep("topk", ("_topk_rows",), topk, _topk_rows, floors.topk_rows, listed),
-        Sweep("sparse", ("_weigh_words", "_sum_words"), wide, _sparse, floors.sparse, headed),
+        Sweep("sparse", (), weigh, _weigh_words, floors.sparse, headed),
+        Sweep("sparse", (), summed, _sum_words, floors.sparse, headed),
     ]  # fmt: skip
 
 
 def search(
-    grid: dict[str, tuple[int, ...]], measure: Callable[[Options], float], end: float
+    grid: dict[str, tuple[Any, ...]], measure: Callable[[Options], float], end: float
 ) -> None:
     """Measure the present configuration, then one axis after the other from the best so far.
 
@@ -235,7 +255,8 @@ def run(sweep: Sweep, device: torch.device, seconds: float) -> list[dict[str, An
     results: list[dict[str, Any]] = []
 
     def measure(settings: Options) -> float:
-        result: dict[str, Any] = {"pass": sweep.module, "settings": dict(settings)}
+        result: dict[str, Any] = {"pass": sweep.module, "words": case.vocab}
+        result["settings"] = dict(settings)
         results.append(result)
         try:
             with configured(module, sweep.kernels, settings):
@@ -249,8 +270,21 @@ def run(sweep: Sweep, device: torch.device, seconds: float) -> list[dict[str, An
         result["fraction_of_copy"] = sweep.floor(case).bytes / median / bandwidth
         return median
 
-    search(sweep.grid, measure, time.monotonic() + seconds)
+    search(_present_first(module, sweep.grid), measure, time.monotonic() + seconds)
     return results
+
+
+def _present_first(
+    module: ModuleType, grid: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Each axis with what its module has now in front; options of a launch are the sweep's."""
+    found = {}
+    for name, values in grid.items():
+        place, _, field = name.partition(".")
+        now = getattr(module, place, values[0])
+        now = getattr(now, field) if field else now
+        found[name] = (now, *(value for value in values if value != now))
+    return found
 
 
 def summary(results: list[dict[str, Any]]) -> str:

@@ -1,25 +1,26 @@
 """The figures to reach, and whether they are: rows of the README's tables.
 
-A row names a work and a limit, relative to what was measured in the same run: on a GPU the time of
-the bytes that must move at the copy bandwidth, or of the three bare products; on a CPU the eager
-loss. A row without a measurement says so.
+A row names a work and its limits, relative to what was measured in the same run: on a GPU the time
+of the bytes that must move at the copy bandwidth, or of the three bare products; on a CPU the eager
+loss; on tiny inputs torch's cross_entropy. A row without a measurement says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .cases import Case
 from .measure import quartiles
-from .names import BASELINE, COMPILED, GEMMS, INPLACE, OURS
+from .names import BASELINE, COMPILED, GEMMS, HOST, INPLACE, OURS, UNIT
 from .record import Result
+from .verdict import sound
 
 NOT_MEASURED = "not measured"
 GIB = 1 << 30
 LESS = ("no gate", "no loss", "alone")  # in the note of an implementation that does less
 Found = dict[str, Result]  # implementation -> its latest result on the case
-Timed = Callable[["Target", Result, Found], "tuple[float, str] | None"]
+Ratio = tuple[float, str]  # of a time to what it is measured in, and that in words
 
 
 class Target(NamedTuple):
@@ -32,47 +33,109 @@ class Target(NamedTuple):
     hidden: int
     k: int
     implementation: str
-    time: float  # limit of the time, over its floor on a GPU, over that of `beside` on a CPU
+    time: float | None  # limit of the device's time over its floor (GPU), or over that of `beside`
     memory: float | None  # limit of the extra memory: GiB on a GPU, share of eager on a CPU
+    call: float | None = None  # on a GPU: limit of the time of a call, over the same
     dtype: str = "bfloat16"
     beside: str = BASELINE
+    vocab: int = 151_936
+    kind: str = "peaked"
+    instead: tuple[float, float] | None = None  # another time and memory that would do
 
     @property
     def case(self) -> Case:
-        return Case(self.what, self.rows, VOCAB, self.dtype, self.k, self.hidden, KIND)
+        return Case(
+            self.what, self.rows, self.vocab, self.dtype, self.k, self.hidden, self.kind
+        )  # fmt: skip
 
 
-VOCAB, KIND = 151_936, "peaked"
-FULL = "full_loss"
-OPD, TOPK, LINEAR_OPD, LINEAR_TOPK = "opd_loss", "topk_loss", "linear_opd_loss", "linear_topk_loss"
+OPD, TOPK, FULL = "opd_loss", "topk_loss", "full_loss"
+LINEAR_OPD, LINEAR_TOPK = "linear_opd_loss", "linear_topk_loss"
 TRAIN, FORWARD, LSM = "forward and backward", "forward, with entropy", "LSM"
 GIVEN = "LSM, log-probs given"
+INSTALLED = "as installed"  # of the suite host: the backend that a user gets
+TINY_ROWS, TINY_WORDS, TINY_HIDDEN, TINY_K = 64, 1000, 64, 8
 
+
+def tiny(name: str, limit: float) -> Target:
+    """Host time of a public function: tiny inputs, where everything else is."""
+    return Target(
+        f"{name}, tiny inputs", HOST, INSTALLED, TINY_ROWS, TINY_HIDDEN, TINY_K, name, limit, None,
+        limit, "float32", UNIT, TINY_WORDS, "normal",
+    )  # fmt: skip
+
+
+_ENTROPY = Target("logits, forward, with entropy", OPD, FORWARD, 8192, 0, 0, OURS, 1.03, None, 1.08)
+_SAMPLED = Target(
+    "logits, sampled-token, in place, all rows live", OPD, TRAIN, 8192, 0, 0, INPLACE, 1.05, 0.01,
+    1.08, kind="live",
+)  # fmt: skip
+_LSM = Target("logits, LSM, K = 64, in place", TOPK, LSM, 8192, 0, 64, INPLACE, 1.04, 0.01, 1.08)
+_WHOLE = Target("logits, reverse KL", FULL, "reverse", 8192, 0, 0, OURS, 1.06, None, 1.1)
+_LINEAR = Target(
+    "linear, sampled-token, H = 4096", LINEAR_OPD, TRAIN, 8192, 4096, 0, OURS, 1.05, 2.5, 1.06
+)  # fmt: skip
+_LINEAR_LSM = Target(
+    "linear, LSM, K = 64, H = 4096", LINEAR_TOPK, LSM, 8192, 4096, 64, OURS, 0.38, 0.7, 0.4
+)  # fmt: skip
+_GIVEN = _LINEAR_LSM._replace(
+    work="linear, LSM, log-probs given", what=GIVEN, time=0.06, memory=None, call=0.07
+)  # fmt: skip
+_SHORT = dict(vocab=32_000, time=1.1, memory=None, call=None)
 GPU = (
-    Target("logits, forward, with entropy", OPD, FORWARD, 8192, 0, 0, OURS, 1.05, None),
-    Target("logits, sampled-token, in place", OPD, TRAIN, 8192, 0, 0, INPLACE, 1.06, 0.01),
-    Target("logits, LSM, K = 64, in place", TOPK, LSM, 8192, 0, 64, INPLACE, 1.06, 0.01),
-    Target("linear, sampled-token, H = 4096", LINEAR_OPD, TRAIN, 8192, 4096, 0, OURS, 1.08, 3.2),
-    Target("linear, LSM, K = 64, H = 4096", LINEAR_TOPK, LSM, 8192, 4096, 64, OURS, 0.5, 0.7),
+    _ENTROPY,
+    _SAMPLED,
+    _SAMPLED._replace(work="the same, a third of the rows clipped", kind="peaked"),
+    _LSM,
+    _LSM._replace(work="logits, LSM, K = 64", implementation=OURS, memory=None),
+    _WHOLE,
+    _WHOLE._replace(work="logits, forward KL", what="forward"),
+    _WHOLE._replace(work="logits, JSD", what="jsd"),
+    _LINEAR,
+    _LINEAR_LSM,  # the next has the same inputs, which are drawn once
+    _GIVEN,
+    _LINEAR_LSM._replace(work="linear, LSM, lists by a Zipf law", kind="zipf"),
+    _GIVEN._replace(work="the same, log-probs given", kind="zipf"),
+    _ENTROPY._replace(**_SHORT),
+    _SAMPLED._replace(**_SHORT),
+    _LSM._replace(**_SHORT),
+    _WHOLE._replace(**_SHORT),
+    _LINEAR._replace(rows=65_536, time=1.08, memory=4.7, call=1.08, instead=(1.16, 2.9)),
+    tiny("opd_loss", 2.5),
+    tiny("topk_loss", 2.5),
+    tiny("token_log_probs", 1.5),
+    tiny("gate_weights", 1.5),
+    tiny("linear_opd_loss", 5.0),
+    tiny("linear_topk_loss", 5.0),
 )
-LINEAR_LSM = Target(
+_CPU_LINEAR_LSM = Target(
     "linear, LSM, K = 64, H = 1024", LINEAR_TOPK, LSM, 1024, 1024, 64, OURS, 0.38, 0.05
 )  # fmt: skip
-WHOLE = Target(
+_CPU_WHOLE = Target(
     "logits, reverse KL, all words", FULL, "reverse", 1024, 0, 0, OURS, 1.0, 0.2, beside=COMPILED
+)  # fmt: skip
+_SMALL = Target(
+    "linear, sampled-token, H = 64", LINEAR_OPD, TRAIN, 5248, 64, 0, OURS, 1.0, None,
+    dtype="float32", vocab=99,
 )  # fmt: skip
 CPU = (
     Target("logits, sampled-token, in place", OPD, TRAIN, 4096, 0, 0, INPLACE, 0.25, 0.02),
     Target("logits, sampled-token", OPD, TRAIN, 4096, 0, 0, OURS, 0.35, 0.2),
     Target("logits, LSM, K = 64, in place", TOPK, LSM, 1024, 0, 64, INPLACE, 0.12, 0.02),
     Target("logits, LSM, K = 64", TOPK, LSM, 1024, 0, 64, OURS, 0.12, 0.2),
-    LINEAR_LSM,
-    LINEAR_LSM._replace(work="the same, log-probs given", what=GIVEN, time=0.08),
-    LINEAR_LSM._replace(time=0.6, dtype="float32"),
+    _CPU_LINEAR_LSM,
+    _CPU_LINEAR_LSM._replace(work="the same, log-probs given", what=GIVEN, time=0.08),
+    _CPU_LINEAR_LSM._replace(time=0.6, dtype="float32"),
     Target("linear, sampled-token, H = 1024", LINEAR_OPD, TRAIN, 1024, 1024, 0, OURS, 1.0, 0.15),
-    WHOLE,
-    WHOLE._replace(work="logits, forward KL, all words", what="forward"),
-    WHOLE._replace(work="logits, JSD, all words", what="jsd"),
+    _CPU_WHOLE,
+    _CPU_WHOLE._replace(work="logits, forward KL, all words", what="forward"),
+    _CPU_WHOLE._replace(work="logits, JSD, all words", what="jsd"),
+    _SMALL,
+    _SMALL._replace(work="linear, LSM, K = 32, H = 64", suite=LINEAR_TOPK, what=LSM, k=32),
+    tiny("opd_loss", 2.5),
+    tiny("topk_loss", 3.0),
+    tiny("linear_opd_loss", 5.0),
+    tiny("linear_topk_loss", 5.0),
 )
 
 
@@ -92,31 +155,59 @@ def find(target: Target, results: Iterable[Result]) -> Found:
     }
 
 
-def gpu_time(target: Target, ours: Result, found: Found) -> tuple[float, str] | None:
-    """Time over its floor, and what the floor is."""
-    if not ours.gemm_flops_per_s:
-        return ours.median * ours.copy_bytes_per_s / ours.bytes_must_move, "floor"
-    gemms = found.get(GEMMS)
-    return None if gemms is None else (ours.median / gemms.median, "3 GEMMs")
+def gpu_times(target: Target, ours: Result, found: Found) -> tuple[Ratio | None, Ratio | None]:
+    """Time of the device, and of a call, over their floor, and what the floor is."""
+    if target.suite == HOST:
+        return None, cpu_time(target, ours, found)
+    if target.hidden:
+        gemms = found.get(GEMMS)
+        if gemms is None or gemms.machine != ours.machine:
+            return None, None
+        name, units = "3 GEMMs", (gemms.device, gemms.median)
+    else:
+        floor = floor_seconds(target, ours)
+        if floor is None:
+            return None, None
+        name, units = "floor", (floor, floor)
+    times = zip((ours.device, ours.median), units, strict=True)
+    device, call = ((mine / unit, name) if mine and unit else None for mine, unit in times)
+    return device, call
 
 
-def cpu_time(target: Target, ours: Result, found: Found) -> tuple[float, str] | None:
-    """Time over that of the loss beside it: the median over paired rounds, and its quartiles."""
-    beside = found.get(target.beside)
-    if beside is None or beside.one_call or beside.machine != ours.machine:
+def floor_seconds(target: Target, ours: Result) -> float | None:
+    """Of the bytes that must move, as the suite counts them today; None where that is not known.
+
+    Results of earlier versions do not say how many rows are live.
+    """
+    from .harness import load_suite
+
+    floor = load_suite(target.suite).floor(target.case)
+    if ours.live_rows is None and floor.unread:
         return None
-    pairs = zip(ours.seconds, beside.seconds, strict=True)
+    dead = 0 if ours.live_rows is None else target.rows - ours.live_rows
+    return floor.with_dead(dead).bytes / ours.copy_bytes_per_s
+
+
+def cpu_time(target: Target, ours: Result, found: Found) -> Ratio | None:
+    """Time over that of the call beside it: the median over paired rounds, and its quartiles."""
+    unit = found.get(target.beside)
+    if unit is None or unit.one_call or unit.machine != ours.machine:
+        return None
+    pairs = zip(ours.seconds, unit.seconds, strict=True)
     ratios = [quartiles(mine)[1] / quartiles(theirs)[1] for mine, theirs in pairs]
     low, median, high = quartiles(ratios)
     return median, f"{target.beside} ({low:.3g} to {high:.3g})"
 
 
 def best_peer(found: Found) -> Result | None:
-    """The fastest of the others that does the same work."""
+    """The fastest of the others that does the same work, and does it right."""
     peers = [
         r
-        for name, r in found.items()
-        if not name.startswith(OURS) and name not in (BASELINE, GEMMS) and does_all(r.note)
+        for r in sound(found.values())
+        if r.host is None
+        and not r.implementation.startswith(OURS)
+        and r.implementation not in (BASELINE, GEMMS)
+        and does_all(r.note)
     ]
     return min(peers, key=lambda r: r.median, default=None)
 
@@ -126,8 +217,10 @@ def does_all(note: str) -> bool:
     return not any(word in note for word in LESS)
 
 
-def extra_memory(target: Target, ours: Result, found: Found, gpu: bool) -> tuple[float, str] | None:
+def extra_memory(target: Target, ours: Result, found: Found, gpu: bool) -> Ratio | None:
     """GiB, or the share of the eager loss's. Through a head, beyond the gradients returned too."""
+    if ours.host is not None:
+        return 0.0, "-"
     if not gpu and BASELINE not in found:
         return None
     results = [ours] if gpu else [ours, found[BASELINE]]
@@ -139,26 +232,68 @@ def extra_memory(target: Target, ours: Result, found: Found, gpu: bool) -> tuple
 
 def asked(target: Target, gpu: bool) -> str:
     """The target in words."""
-    unit = ("3 GEMMs" if target.hidden else "floor") if gpu else target.beside
-    limit = ""
+    unit = target.beside
+    if gpu and target.suite != HOST:
+        unit = "3 GEMMs" if target.hidden else "floor"
+    limit, call = "", ""
     if target.memory is not None:
         limit = f", {target.memory:g} GiB" if gpu else f", {100 * target.memory:g}%"
-    return f"{target.time:g} x {unit}{limit}"
+    if gpu and target.call not in (None, target.time):
+        call = f" (call {target.call:g} x)"
+    other = "" if target.instead is None else "; or {:g} x, {:g} GiB".format(*target.instead)
+    return f"{target.time:g} x {unit}{call}{limit}{other}"
 
 
-def line(target: Target, results: list[Result], timed: Timed, gpu: bool) -> str:
+def missed(
+    target: Target, times: Iterable[tuple[Ratio | None, float | None]], memory: float
+) -> bool:
+    """Whether a limit is passed: of a time (each with its own) or of the memory."""
+    limits = [(ratio[0], most) for ratio, most in times if ratio is not None and most is not None]
+
+    def over(scale: float, most: float | None) -> bool:
+        slow = any(ratio > scale * limit for ratio, limit in limits)
+        return slow or (most is not None and memory > most)
+
+    if target.instead is None or target.time is None:
+        return over(1.0, target.memory)
+    time, most = target.instead
+    return over(1.0, target.memory) and over(time / target.time, most)
+
+
+def line(target: Target, results: list[Result], gpu: bool) -> str:
     """One row of Markdown."""
-    found = find(target, results)
-    size = f"{target.rows:,} x {VOCAB:,} {target.dtype}"
-    head = f"| {target.work} | {size} | {asked(target, gpu)}"
+    size = f"{target.rows:,} x {target.vocab:,} {target.dtype}"
+    cells = _cells(target, find(target, results), gpu)
+    return f"| {' | '.join([target.work, size, asked(target, gpu), *cells])} |"
+
+
+def _cells(target: Target, found: Found, gpu: bool) -> list[str]:
+    """What was measured: times, extra memory, and the best of the others."""
     ours = found.get(target.implementation)
-    ratio = None if ours is None else timed(target, ours, found)
-    extra = None if ours is None else extra_memory(target, ours, found, gpu)
-    if ours is None or ratio is None or extra is None:
-        return f"{head} | {NOT_MEASURED} | {NOT_MEASURED} | |"
-    over = ratio[0] > target.time or (target.memory is not None and extra[0] > target.memory)
-    time = f"{ratio[0]:.3g} x {ratio[1]}, {1e3 * ours.median:.4g} ms{' (missed)' if over else ''}"
-    return f"{head} | {time} | {extra[1]} | {_other(best_peer(found))} |"
+    absent = [NOT_MEASURED] * (3 if gpu else 2) + [""]
+    if ours is None:
+        return absent
+    if ours not in sound(found.values()):
+        return ["wrong"] * (2 if gpu else 1) + ["-", ""]
+    extra = extra_memory(target, ours, found, gpu)
+    ratios: list[Ratio | None] = [cpu_time(target, ours, found)]
+    if gpu:
+        ratios = list(gpu_times(target, ours, found))
+    elif ratios[0] is None or extra is None:
+        return absent
+    limits = (target.time, target.call) if gpu else (target.time,)
+    seconds = (ours.device, ours.median) if gpu else (ours.median,)
+    times = [_shown(*one) for one in zip(ratios, seconds, strict=True)]
+    if missed(target, zip(ratios, limits, strict=True), extra[0] if extra else 0.0):
+        times[-1] += " (missed)"
+    return [*times, extra[1] if extra else "-", _other(best_peer(found))]
+
+
+def _shown(ratio: Ratio | None, seconds: float | None) -> str:
+    """A time in words; without its ratio where that is not known."""
+    if seconds is None:
+        return "-"
+    return f"{f'{ratio[0]:.3g} x {ratio[1]}, ' if ratio else ''}{1e3 * seconds:.4g} ms"
 
 
 def _other(peer: Result | None) -> str:
@@ -174,14 +309,16 @@ def tables(results: list[Result]) -> list[str]:
     on_gpu = [r for r in results if "cuda" in r.machine]
     on_cpu = [r for r in results if "cuda" not in r.machine]
     text = []
-    for title, targets, mine, timed in (
-        ("GPU", GPU, on_gpu, gpu_time), ("CPU", CPU, on_cpu, cpu_time),
-    ):  # fmt: skip
+    for title, targets, mine in (("GPU", GPU, on_gpu), ("CPU", CPU, on_cpu)):
+        gpu = title == "GPU"
         used = [r for target in targets for r in find(target, mine).values()]
+        times = "device | call" if gpu else "time"
         text += [f"Targets on a {title}, and what was measured{where(used)}:", ""]
-        text += ["| work | tokens x words | at most | time | extra memory | best of the others |"]
-        text += ["|---|---|---|---|---|---|"]
-        text += [line(target, mine, timed, title == "GPU") for target in targets] + [""]
+        text += [
+            f"| work | tokens x words | at most | {times} | extra memory | best of the others |"
+        ]
+        text += [f"|---|---|---|---|---|---|{'---|' if gpu else ''}"]
+        text += [line(target, mine, gpu) for target in targets] + [""]
     return text
 
 

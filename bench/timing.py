@@ -30,10 +30,13 @@ def interleaved(
     device: torch.device,
     rounds: int,
     end: float = math.inf,
+    pause: float = 0.0,
 ) -> Iterator[Seconds]:
     """Time at most `rounds` rounds of all runs; yields what there is after each of them.
 
-    No round but the first is begun that would last beyond `end`, of time.monotonic().
+    No round but the first is begun that would last beyond `end`, of time.monotonic(). `pause` are
+    seconds of rest before each run of a round: products heat a GPU until it slows down, and what
+    comes after them would pay for it.
     """
     found: Seconds = {name: [] for name in runs}
     counts = {name: _count(*pair, device) for name, pair in runs.items()}
@@ -43,6 +46,7 @@ def interleaved(
         if i and start + longest > end:
             return
         for name, (before, run) in runs.items():
+            time.sleep(pause)
             found[name].append(_time(before, run, device, counts[name]))
         longest = max(longest, time.monotonic() - start)
         yield found
@@ -68,7 +72,7 @@ def _time(before: Run, run: Run, device: torch.device, count: int) -> list[float
             times.append(time.perf_counter() - start)
             del result  # freed after the clock has stopped
         return times
-    flushed = _larger_than_l2(device)
+    flushed = larger_than_l2(device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     with torch.cuda.device(device):
         for start, end in events:
@@ -82,7 +86,8 @@ def _time(before: Run, run: Run, device: torch.device, count: int) -> list[float
 
 
 @cache
-def _larger_than_l2(device: torch.device) -> torch.Tensor:
+def larger_than_l2(device: torch.device) -> torch.Tensor:
+    """A buffer to overwrite: what the L2 cache held is gone."""
     size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
     return torch.empty(2 * size, dtype=torch.int8, device=device)
 

@@ -7,6 +7,7 @@ of the gradient, the checked rows are formed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .inputs import CHECKED, Work
+from .internals import allowed_of
 
 
 class Expected(NamedTuple):
@@ -103,3 +105,30 @@ def errors(outputs: Outputs, truth: Truth) -> dict[str, dict[str, float]]:
             "scale": float(value.abs().max()),
         }
     return found
+
+
+PEERS = 8.0
+"""Times the eager error that a peer may have. Some roundings more are a few times that; a hundred,
+as of log-probs in bfloat16 whose ratios fall on the other side of a clip, is another loss."""
+
+
+def wrong(
+    found: dict[str, dict[str, float]],
+    eager: dict[str, dict[str, float]],
+    dtype: torch.dtype,
+    factor: float,
+) -> str | None:
+    """What is wrong with outputs of these errors, or None.
+
+    eager: errors of the eager loss, the yardstick (see drift_gate/budget.py); an output that it
+    lacks is held to be finite alone. dtype: of the inputs, to which an output may be rounded.
+    """
+    for name, error in found.items():
+        if not math.isfinite(error["max"]):
+            return f"{name} is not finite"
+        if name in eager and math.isfinite(eager[name]["max"]):
+            scale = error["scale"]
+            most = allowed_of(scale, scale, eager[name]["max"], dtype, factor)
+            if error["max"] > most:
+                return f"{name} is off by {error['max']:.1e}, of {most:.1e} allowed"
+    return None

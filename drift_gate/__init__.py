@@ -1,25 +1,24 @@
 """Fused losses for on-policy distillation of language models, with policy-drift gating."""
 
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
-from .accumulation import GateNormalizer
-from .full import full_loss
+from .checkout import find_folders
 from .gate import DriftGate
-from .linear import linear_gather_lse, linear_token_log_probs
-from .linear_full import linear_full_loss
-from .linear_opd import linear_opd_loss
-from .linear_topk import linear_topk_loss
-from .logits import gather_lse, token_log_probs
-from .losses import opd_loss
+from .losses.accumulation import GateNormalizer
+from .losses.full import full_loss
+from .losses.linear_full import linear_full_loss
+from .losses.linear_log_probs import linear_gather_lse, linear_token_log_probs
+from .losses.linear_opd import linear_opd_loss
+from .losses.linear_topk import linear_topk_loss
+from .losses.log_probs import gather_lse, token_log_probs
+from .losses.opd import opd_loss
+from .losses.topk import topk_loss
+from .losses.weights import gate_weights
+from .options import Clip, Head, Parallel, Reduction
 from .outputs import GateOutput, LossOutput
 from .spans import newline_spans
-from .topk import topk_loss
-from .weighting import gate_weights
 
-_here = Path(__file__).parent
-if not (_here / "kernels").is_dir():  # a checkout: kernels/ and bench/ lie beside this folder
-    __path__.append(str(_here.parent))
+find_folders()
 
 try:
     __version__ = version("drift-gate")
@@ -27,10 +26,14 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "Clip",
     "DriftGate",
     "GateNormalizer",
     "GateOutput",
+    "Head",
     "LossOutput",
+    "Parallel",
+    "Reduction",
     "full_loss",
     "gate_weights",
     "gather_lse",

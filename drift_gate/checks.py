@@ -1,24 +1,27 @@
-"""Compare a backend with the float64 reference on this machine: `drift-gate check`."""
+"""Compare backends with the float64 reference on this machine: `drift-gate check`."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import has_triton
-from .bench import eager
-from .bench.measure import peak_bytes, quartiles, seconds
+from . import eager
 from .budget import share_of_budget
+from .choices import BACKENDS
 from .gate import DriftGate
-from .losses import opd_loss
+from .losses.opd import opd_loss
+from .measure import device_name, peak_bytes, quartiles, seconds
 from .outputs import LossOutput
+from .passes import native
+from .passes.backends import HAS_TRITON
 from .spans import newline_spans
 
-LENGTHS = [50, 1, 205]  # rows of the packed sequences: less than a block, one, several blocks
+LENGTHS = [50, 1, 77]  # rows of the packed sequences: less than a block, one, a block and a part
 ROWS = sum(LENGTHS)
 ROUNDS = 3
+ROUTES = tuple(name for name in BACKENDS if name not in ("auto", "reference"))
 LOSS_SCALE = 1024.0  # as trainers in float16 scale, to keep gradients out of its subnormals
 
 
@@ -31,6 +34,20 @@ class Problem:
     rows: tuple[Tensor, Tensor, Tensor]  # labels, old and teacher log-probs, [N] each
     options: dict[str, Any]
     eager_rows: tuple[Tensor, ...]  # labels, old, teacher, mask, blocks
+
+
+@dataclasses.dataclass
+class Yardstick:
+    """What every backend's results on a problem are held to."""
+
+    same: LossOutput  # the reference in the problem's dtype,
+    same_grad: Tensor
+    truth: LossOutput  # and in float64
+    true_grad: Tensor
+    memory: int
+    """Peak of live bytes of the eager loss, beyond the inputs."""
+    seconds: float
+    """Of the eager loss and its gradient, the median of ROUNDS."""
 
 
 @dataclasses.dataclass
@@ -53,20 +70,32 @@ class Result:
 
 def backends_on(device: torch.device) -> list[str]:
     """Backends that can run there, the one that "auto" takes first."""
-    return ["triton", "torch"] if device.type == "cuda" and has_triton() else ["torch"]
+    fast = HAS_TRITON if device.type == "cuda" else native.instruction_set() is not None
+    first = "triton" if device.type == "cuda" else "native"
+    return [first, "torch"] if fast else ["torch"]
+
+
+def route(backend: str, device: torch.device) -> str:
+    """A backend on a device, in words."""
+    how = {
+        "triton": "Triton kernels",
+        "native": f"functions in C, compiled for {native.instruction_set()}",
+        "torch": "plain PyTorch",
+    }
+    return f"{backend} ({how[backend]}) on {device_name(device)}"
 
 
 def problems(device: torch.device, seed: int) -> Iterator[Problem]:
-    """Every dtype; 50,257 words (GPT-2's: odd, so that rows start unaligned) and 32,768."""
+    """Every dtype; 50,257 words (GPT-2's: odd, so that rows start unaligned) and 16,384."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     yield _draw("plain", 50257, bf16, device, seed)
     yield _draw("plain", 50257, fp16, device, seed + 1)
     yield _draw("plain", 50257, fp32, device, seed + 2)
     yield _draw("in place", 50257, bf16, device, seed + 3, inplace_backward=True)
-    yield _draw("in place", 32768, fp32, device, seed + 4, inplace_backward=True)
+    yield _draw("in place", 16384, fp32, device, seed + 4, inplace_backward=True)
     yield _draw("masked", 50257, bf16, device, seed + 5, masked=0.3)
-    yield _draw("packed", 32768, bf16, device, seed + 6, cu_seqlens=True)
-    yield _draw("span gate", 32768, fp16, device, seed + 7, spans=True)
+    yield _draw("packed", 16384, bf16, device, seed + 6, cu_seqlens=True)
+    yield _draw("span gate", 16384, fp16, device, seed + 7, spans=True)
 
 
 def _draw(
@@ -111,42 +140,67 @@ def _draw(
     return Problem(name, logits.to(device), rows, {"gate": gate, **options}, eager_rows)
 
 
-def check(problem: Problem, backend: str) -> Result:
-    """Run one problem on one backend, beside the reference and the eager loss.
+def yardstick(problem: Problem) -> Yardstick:
+    """Run the reference, in two dtypes, and the eager loss."""
+    logits = problem.logits
+    same = _run(problem, logits, "reference")
+    truth = _run(problem, logits.double(), "reference")
+
+    def run() -> Tensor:
+        leaf = logits.detach().requires_grad_()
+        return _gradient(eager.loss(leaf, *problem.eager_rows), leaf)
+
+    return Yardstick(*same, *truth, _peak(run, logits.device), _seconds(run, logits.device))
+
+
+def check(problem: Problem, beside: Yardstick, backend: str) -> Result:
+    """Run one problem on one backend, and time it beside the eager loss.
 
     Raises whatever the backend raises.
     """
     logits, device = problem.logits, problem.logits.device
     got, grad = _run(problem, logits.clone(), backend)
-    same, same_grad = _run(problem, logits, "reference")
-    truth, true_grad = _run(problem, logits.double(), "reference")
-    loss_error = float(share_of_budget(_losses(got), _losses(same), _losses(truth)).max())
-    grad_error = float(share_of_budget(grad, same_grad, true_grad).max())
-    del got, grad, same, same_grad, truth, true_grad
-
+    losses, eager_losses, true_losses = map(_losses, (got, beside.same, beside.truth))
+    loss_error = float(share_of_budget(losses, eager_losses, true_losses).max())
+    grad_error = float(share_of_budget(grad, beside.same_grad, beside.true_grad).max())
+    del got, grad
     work = logits.clone()
 
-    def run_eager() -> Tensor:
-        leaf = work.requires_grad_()
-        return _gradient(eager.loss(leaf, *problem.eager_rows), leaf)
-
-    def run_backend() -> Tensor:
+    def run() -> Tensor:
         return _run(problem, work, backend)[1]
 
-    memory, ratios = [], []
-    for run in (run_backend, run_eager):
-        with peak_bytes(device) as measured:
-            kept = run()  # the gradient counts
-        memory.append(measured.peak)
-        del kept
-    for _ in range(ROUNDS):
-        work = logits.clone()
-        baseline = seconds(run_eager, device)
-        ratios.append(seconds(run_backend, device) / baseline)
-    ratio = memory[0] / memory[1]
+    def restore() -> None:
+        work.copy_(logits)  # a backward in place left its gradient there
+
+    memory, took = _peak(run, device), _seconds(run, device, restore)
     return Result(
-        problem.name, logits.dtype, loss_error, grad_error, memory[0], ratio, quartiles(ratios)[1]
+        problem.name,
+        logits.dtype,
+        loss_error,
+        grad_error,
+        memory,
+        memory / beside.memory,
+        took / beside.seconds,
     )
+
+
+def _peak(run: Callable[[], Tensor], device: torch.device) -> int:
+    """Peak of live bytes in a run; what it returns, the gradient, counts."""
+    with peak_bytes(device) as measured:
+        kept = run()
+    del kept
+    return measured.peak
+
+
+def _seconds(
+    run: Callable[[], Tensor], device: torch.device, before: Callable[[], None] = lambda: None
+) -> float:
+    """Median of ROUNDS runs, each after a call of `before`."""
+    found = []
+    for _ in range(ROUNDS):
+        before()
+        found.append(seconds(run, device))
+    return quartiles(found)[1]
 
 
 def _losses(out: LossOutput) -> Tensor:

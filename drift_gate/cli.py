@@ -15,6 +15,8 @@ except ModuleNotFoundError as missing:
         f"drift-gate's command line needs the package {missing.name}: pip install drift-gate[cli]"
     ) from None
 
+from .passes.backends import backends_on
+
 app = typer.Typer(
     help="Fused, drift-gated losses for on-policy distillation.",
     no_args_is_help=True,
@@ -48,7 +50,7 @@ def parse_device(name: str) -> torch.device:
 @app.command()
 def check(
     backend: Annotated[
-        str | None, typer.Option(help="triton or torch; all that can run, if left out.")
+        str | None, typer.Option(help="triton, native or torch; all that can run, if left out.")
     ] = None,
     device: Device = None,
     seed: Seed = 0,
@@ -60,28 +62,67 @@ def check(
     """
     from . import checks
 
+    if backend is not None and backend not in checks.ROUTES:
+        fail(f"--backend must be one of {', '.join(checks.ROUTES)}; got {backend!r}")
     present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     devices = [parse_device(name) for name in ([device] if device else present)]
-    if backend not in (None, "triton", "torch"):
-        fail(f"--backend must be triton or torch; got {backend!r}")
     pairs = [(d, b) for d in devices for b in checks.backends_on(d) if backend in (None, b)]
     if not pairs:
         fail(f"--backend {backend} cannot run on {', '.join(map(str, devices))}")
-    passed = [_check(d, b, seed) for d, b in pairs]
+    passed = [_check(d, [b for at, b in pairs if at == d], seed) for d in devices]
     if not all(passed):
         raise typer.Exit(1)
 
 
-def _check(device: torch.device, backend: str, seed: int) -> bool:
-    """Print one backend's table, and return whether everything is within budget."""
-    from . import checks, native
-    from .bench.measure import device_name
+def _check(device: torch.device, backends: list[str], seed: int) -> bool:
+    """Print a table for each backend, and return whether everything is within budget."""
+    from . import checks
 
-    compiled = ""
-    if backend == "torch" and device.type == "cpu":
-        compiled = f", functions in C: {native.instruction_set() or 'none'}"
+    console = Console()
+    console.print(
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}: loss and "
+        f"gradients of {checks.ROWS} rows of up to 50,257 words, by way of"
+    )
+    for backend in backends:
+        console.print(f"  {checks.route(backend, device)}", highlight=False)
+    tables = {backend: _table(f'backend "{backend}"') for backend in backends}
+    passed = True
+    with console.status("drawing problems") as status:
+        for problem in checks.problems(device, seed):
+            dtype = str(problem.logits.dtype).removeprefix("torch.")
+            status.update(f"{problem.name}, {dtype}: float64 reference and eager loss")
+            beside = checks.yardstick(problem)
+            for backend, table in tables.items():
+                status.update(f"{problem.name}, {dtype}: {backend}")
+                try:
+                    result = checks.check(problem, beside, backend)
+                except Exception as error:  # what a backend may raise is not known
+                    passed = False
+                    console.print(
+                        f"{backend}, {problem.name}, {dtype}: {type(error).__name__}: {error}"
+                    )
+                    table.add_row(problem.name, dtype, *["-"] * 5, "[red]FAILED[/]")
+                    continue
+                passed &= result.passed
+                table.add_row(
+                    problem.name,
+                    dtype,
+                    f"{result.loss_error:.2f}",
+                    f"{result.grad_error:.2f}",
+                    f"{result.memory / 1e6:.1f}",
+                    f"{result.memory_ratio:.2f}",
+                    f"{result.time_ratio:.2f}",
+                    "[green]ok[/]" if result.passed else "[red]MISMATCH[/]",
+                )
+    for table in tables.values():
+        console.print(table)
+    return passed
+
+
+def _table(title: str) -> Table:
+    """Empty, with its columns."""
     table = Table(
-        title=f'backend "{backend}" on {device_name(device)}, torch {torch.__version__}{compiled}',
+        title=title,
         caption="error: share of what is allowed; extra: peak bytes beyond the inputs, gradient "
         "included; ratios: to the eager loss",
     )
@@ -90,32 +131,7 @@ def _check(device: torch.device, backend: str, seed: int) -> bool:
     for name in ("loss error", "grad error", "extra MB", "extra ratio", "time ratio"):
         table.add_column(name, justify="right")
     table.add_column("", no_wrap=True)
-    passed = True
-    console = Console()
-    with console.status(f"backend {backend} on {device}") as status:
-        for problem in checks.problems(device, seed):
-            dtype = str(problem.logits.dtype).removeprefix("torch.")
-            status.update(f"backend {backend} on {device}: {problem.name}, {dtype}")
-            try:
-                result = checks.check(problem, backend)
-            except Exception as error:  # what a backend may raise is not known
-                passed = False
-                console.print(f"{problem.name}, {dtype}: {type(error).__name__}: {error}")
-                table.add_row(problem.name, dtype, *["-"] * 5, "[red]FAILED[/]")
-                continue
-            passed &= result.passed
-            table.add_row(
-                problem.name,
-                dtype,
-                f"{result.loss_error:.2f}",
-                f"{result.grad_error:.2f}",
-                f"{result.memory / 1e6:.1f}",
-                f"{result.memory_ratio:.2f}",
-                f"{result.time_ratio:.2f}",
-                "[green]ok[/]" if result.passed else "[red]MISMATCH[/]",
-            )
-    console.print(table)
-    return passed
+    return table
 
 
 @app.command()
@@ -222,7 +238,10 @@ def fuzz(
     cases: Annotated[int, typer.Option(help="Problems to run.")] = 10_000,
     minutes: Annotated[float, typer.Option(help="Stop after so long.")] = 60.0,
     seed: Seed = 0,
-    backend: Annotated[str | None, typer.Option(help="triton or torch.")] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="triton, native or torch; by turns all that can run, if left out."),
+    ] = None,
     device: Device = None,
     function: Annotated[
         list[str] | None, typer.Option(help="Functions to run; all, if left out.")
@@ -243,8 +262,6 @@ def fuzz(
         from .fuzz import command, functions
     except ModuleNotFoundError as missing:
         fail(f"fuzzing needs the package {missing.name}: pip install drift-gate[fuzz]")
-    if backend not in (None, "triton", "torch"):
-        fail(f"--backend must be triton or torch; got {backend!r}")
     where = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = tuple(function or functions.FUNCTIONS)
     unknown = [name for name in names if name not in functions.FUNCTIONS]
@@ -265,15 +282,19 @@ def fuzz(
         except (OSError, ValueError) as error:
             fail(f"--replay: {error}")
         backend = backend or case["backend"]
-    backend = backend or ("triton" if where.type == "cuda" else "torch")
-    if backend == "triton" and where.type == "cpu" and not interpret:
-        fail("--backend triton needs a CUDA device; --interpret runs the kernels on the CPU")
+    backends = backends_on(where)[::-1]  # the simplest first: a case shrinks to it
+    if backend == "triton" and where.type == "cpu":
+        if not interpret:
+            fail("--backend triton needs a CUDA device; --interpret runs the kernels on the CPU")
+    elif backend not in (None, *backends):
+        fail(f"--backend must be one of {', '.join(backends)} on {where}; got {backend!r}")
+    backends = backends if backend is None else (backend,)
     torch.set_num_threads(1)  # the problems are small, and choose their own threads
     if case is not None:
-        passed = command.replay(case, backend, where)
+        passed = command.replay(case, backends[0], where)
     else:
         passed = command.fuzz(
-            backend, where, seed=seed, cases=cases, minutes=minutes, functions=names, out=out
+            backends, where, seed=seed, cases=cases, minutes=minutes, functions=names, out=out
         )
     if not passed:
         raise typer.Exit(1)

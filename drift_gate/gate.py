@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Literal, get_args
 
 Granularity = Literal["token", "block", "span", "sequence"]
@@ -30,8 +31,8 @@ class DriftGate:
             "sequence", or "none" for the raw gates.
 
     Raises:
-        ValueError, TypeError: an option is unknown, `block_size` is not a positive int, or `tau`
-            is negative or not finite.
+        ValueError, TypeError: an option is unknown, `block_size` is not a positive integer, or
+            `tau` is negative or not finite. NumPy's scalars are numbers, bools are not.
     """
 
     granularity: Granularity = "block"
@@ -45,14 +46,21 @@ class DriftGate:
             value = getattr(self, name)
             if value not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}; got {value!r}")
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
+        if not _is(numbers.Integral, self.block_size):
             raise TypeError(f"block_size must be an int; got {self.block_size!r}")
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1; got {self.block_size}")
-        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)):
+        if not _is(numbers.Real, self.tau):
             raise TypeError(f"tau must be a number; got {self.tau!r}")
         if not (0 <= self.tau < math.inf):
             raise ValueError(f"tau must be finite and at least 0; got {self.tau}")
+        object.__setattr__(self, "block_size", int(self.block_size))
+        object.__setattr__(self, "tau", float(self.tau))
+
+
+def _is(kind: type, value: object) -> bool:
+    """Whether a value is a number of this kind; a bool is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 _OPTIONS: dict[str, tuple[str, ...]] = {

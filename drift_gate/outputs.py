@@ -28,7 +28,7 @@ class LossOutput(NamedTuple):
     """
 
     loss: Tensor
-    """Scalar, or with `loss_agg_mode="none"` the same as `token_loss`."""
+    """Scalar, or with reduction "none" the same as `token_loss`."""
     token_loss: Tensor
     """Gated loss w * L of every position, before `loss_agg_mode`."""
     log_probs: Tensor

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .arguments import check_integer, flat, flat_mask, layout_of
-from .rows import check_borders
+from .call import arguments
+from .call.rows import borders_of, mask_of
+from .passes.torch.rows import check_borders
 
 Ints = npt.NDArray[np.int64]
 
@@ -48,12 +49,14 @@ def newline_spans(
     Raises:
         ValueError, TypeError: an argument's shape, dtype or value does not fit.
     """
-    check_integer("labels", labels)
-    layout = layout_of("labels", labels, cu_seqlens)
-    mask = flat_mask(response_mask, layout, labels.device, "labels")
-    for name, value in (("min_length", min_length), ("max_length", max_length)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int; got {value!r}")
+    arguments.integer("labels", labels)
+    shape, device = labels.shape, labels.device
+    if labels.dim() not in (1, 2):
+        raise ValueError(f"labels must be [B, T] or [N]; got shape {list(shape)}")
+    borders = None if cu_seqlens is None else borders_of(cu_seqlens, shape, device, "labels")
+    mask = None if response_mask is None else mask_of(response_mask, shape, device, "labels")
+    min_length = arguments.whole("min_length", min_length, -(2**63))
+    max_length = arguments.whole("max_length", max_length, -(2**63))
     if not 1 <= min_length <= max_length:
         raise ValueError(
             "min_length must be at least 1 and at most max_length; "
@@ -61,14 +64,14 @@ def newline_spans(
         )
     ids = _id_list(newline_ids)
     rows = _newline_spans(
-        flat(labels), ids, mask, layout.cu_seqlens, layout.length, min_length, max_length
+        arguments.flat(labels), ids, mask, borders, shape[-1], min_length, max_length
     )
     return rows.view(labels.shape)
 
 
 def _id_list(newline_ids: int | Sequence[int] | Tensor) -> list[int]:
     if isinstance(newline_ids, Tensor):
-        check_integer("newline_ids", newline_ids)
+        arguments.integer("newline_ids", newline_ids)
         return [int(i) for i in newline_ids.reshape(-1).tolist()]
     ids = [newline_ids] if isinstance(newline_ids, int) else list(newline_ids)
     for i in ids:

@@ -9,7 +9,7 @@ import torch
 from rollouts import sample, score
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from drift_gate import DriftGate, opd_loss
+from drift_gate import DriftGate, Reduction, opd_loss
 
 
 class GatedTrainer(Trainer):
@@ -32,8 +32,10 @@ class GatedTrainer(Trainer):
             old,
             teacher,
             gate=self.gate,
-            batch_num_tokens=num_items_in_batch,  # of the accumulated batch
-            dp_size=self.accelerator.num_processes if counted else 1,
+            reduction=Reduction(
+                batch_num_tokens=num_items_in_batch,  # of the accumulated batch
+                dp_size=self.accelerator.num_processes if counted else 1,
+            ),
             inplace_backward=not return_outputs,
         )
         return (result.loss, outputs) if return_outputs else result.loss

@@ -9,8 +9,8 @@ import torch
 from rollouts import hidden_states, sample, score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drift_gate import DriftGate, GateNormalizer, linear_opd_loss
-from drift_gate.integrations.teacher import head_options
+from drift_gate import DriftGate, GateNormalizer, Reduction, linear_opd_loss
+from drift_gate.integrations.teacher import head_of
 
 GATE = DriftGate(granularity="block", block_size=64)
 
@@ -28,13 +28,13 @@ def train_on(student, optimizer, rollouts, teacher, *, epochs=2, micro_batches=2
             hidden = hidden_states(student, ids, attention_mask)
             result = linear_opd_loss(
                 hidden,
-                **head_options(student, hidden.dtype)._asdict(),
-                labels=ids[:, 1:],
-                old_log_probs=old,
-                teacher_log_probs=theirs,
+                head_of(student, hidden.dtype),
+                ids[:, 1:],
+                old,
+                theirs,
                 response_mask=response_mask[:, 1:],
                 gate=normalizer,  # one unit mean for the micro-batches
-                batch_num_tokens=tokens,
+                reduction=Reduction(batch_num_tokens=tokens),
             )
             result.loss.backward()
         normalizer.scale_gradients(student.parameters())

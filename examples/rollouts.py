@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from drift_gate import linear_token_log_probs
-from drift_gate.integrations.teacher import head_options
+from drift_gate.integrations.teacher import head_of
 
 
 @torch.no_grad()
@@ -28,5 +28,4 @@ def hidden_states(model, ids: Tensor, attention_mask: Tensor) -> Tensor:
 def score(model, ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Log-probs [B, L - 1] of the tokens after the first; no [tokens, vocabulary] tensor exists."""
     hidden = hidden_states(model, ids, attention_mask)
-    head = head_options(model, hidden.dtype)
-    return linear_token_log_probs(hidden, labels=ids[:, 1:], **head._asdict())[0]
+    return linear_token_log_probs(hidden, head_of(model, hidden.dtype), ids[:, 1:])[0]

@@ -2,213 +2,349 @@
 
     d_t = old_logp_t - logp_t              drift of row t
     a_t = | aggregate of d over the valid rows of t's block |
+    r_t = exp(- mean of d over them)       the block's ratio (GSPO, arXiv 2507.18071)
 
-A block is an interval of rows inside one sequence: of `block_size` rows counted from the sequence's
-first valid row, of one row, or of the whole sequence; for spans, the rows of the sequence that bear
-the same id. So one rule serves all: row j belongs to row t's block if lo_t <= j < hi_t and their
-span ids agree. A program takes ROWS rows and walks the rows their intervals cover, in tiles that
-start at multiples of COLS: every row of a block then adds the same numbers in the same order, and
-all of them get the same bits. O(N * block) work, O(N * T) for spans and sequences; no atomics.
+A block here is an interval of rows inside one sequence: `size` rows counted from the sequence's
+first valid row, or the whole sequence; `spans.py` has the other kind. One program takes one block
+after the other, so that each row is read once or twice however long its block is, the sums have a
+fixed order, and all rows of a block get the same bits. Where each row is a block ("token"), one
+program takes many.
+
+Each program also leaves what the unit mean needs of its rows: the smallest a, the sum of
+exp(-tau (a - smallest)), how many they are, and how many sequences begin with it. `sampled_token`
+puts those of all programs together, so nothing has to wait for a scalar.
 """
 
-import torch
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 32
-COLS = 32
-NUM_WARPS = 8
+from .aggregates import (
+    aggregated,
+    gate_beside,
+    gates_joined,
+    gates_of,
+    held,
+    joined,
+    measure,
+    store_part,
+)
+from .common import ceil_div, power_of_2
+from .launch import launch
 
-# Rows of the result.
-DRIFT, BLOCK_DRIFT, SEQUENCE_COUNT, IS_FIRST = range(4)
+FAR = tl.constexpr(2**31 - 1)  # beyond all rows
 
 
 @triton.jit
-def sequence_bounds(row, cu_seqlens, n_rows, length, n_sequences, PACKED: tl.constexpr):
-    """First row of each row's sequence, and the row after its last."""
-    if PACKED:
-        start = row * 0
-        end = start + n_rows
-        for first in range(0, n_sequences + 1, 64):
-            j = first + tl.arange(0, 64)
-            border = tl.load(cu_seqlens + j, mask=j <= n_sequences, other=n_rows).to(tl.int32)
-            before = border[None, :] <= row[:, None]
-            start = tl.maximum(start, tl.max(tl.where(before, border[None, :], 0), 1))
-            end = tl.minimum(end, tl.min(tl.where(before, n_rows, border[None, :]), 1))
-    else:
+def sequence_start(row, cu_seqlens, n_rows, length, n_sequences):
+    """First row of each row's sequence."""
+    if cu_seqlens is None:
         start = row // length * length
-        end = start + length
-    return start, end
+    else:  # the last border that is at most `row`, by bisection
+        low = row * 0
+        high = low + n_sequences
+        left = tl.program_id(0) * 0 + n_sequences
+        while left > 1:
+            middle = (low + high) // 2
+            before = tl.load(cu_seqlens + middle).to(tl.int32) <= row
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle)
+            left = (left + 1) // 2
+        start = tl.load(cu_seqlens + low).to(tl.int32)
+    return start
 
 
 @triton.jit
-def _first_valid(valid, row, live, start, end, COUNT: tl.constexpr, COLS: tl.constexpr):
-    """First valid row of each row's sequence, and with COUNT how many valid rows it has."""
-    FAR: tl.constexpr = 2**31 - 1
-    first = tl.full(row.shape, FAR, tl.int32)
-    count = tl.zeros(row.shape, tl.float32)
-    tile = tl.min(tl.where(live, start, FAR), 0) // COLS * COLS
-    limit = tl.max(tl.where(live, end, 0), 0)
-    while tile < limit:
-        j = tile + tl.arange(0, COLS)
-        is_valid = tl.load(valid + j, mask=j < limit, other=0) != 0
-        member = (j[None, :] >= start[:, None]) & (j[None, :] < end[:, None]) & is_valid[None, :]
-        first = tl.minimum(first, tl.min(tl.where(member, j[None, :], FAR), 1))
+def borders_of(sequence, cu_seqlens, n_rows, length):
+    """First row of a sequence and the row after its last, within [0, n_rows]."""
+    if cu_seqlens is None:
+        start = sequence * length
+        end = start + length
+    else:
+        start = tl.load(cu_seqlens + sequence).to(tl.int32)
+        end = tl.load(cu_seqlens + sequence + 1).to(tl.int32)
+    start = tl.minimum(tl.maximum(start, 0), n_rows)
+    return start, tl.minimum(tl.maximum(end, start), n_rows)
+
+
+@triton.jit
+def _block_at(number, cu_seqlens, n_rows, length, n_sequences, size):
+    """Sequence of a block, and the block's number in it; there may be more numbers than blocks.
+
+    Sequence s, from row b_s on, has the numbers from b_s // size + s on: one more than enough.
+    """
+    if cu_seqlens is None:
+        each = (length + size - 1) // size
+        sequence = number // each
+        block = number % each
+    else:
+        low = number * 0
+        high = low + n_sequences
+        while high - low > 1:
+            middle = (low + high) // 2
+            begin = tl.load(cu_seqlens + middle).to(tl.int32) // size + middle
+            low = tl.where(begin <= number, middle, low)
+            high = tl.where(begin <= number, high, middle)
+        sequence = low
+        block = number - (tl.load(cu_seqlens + low).to(tl.int32) // size + low)
+    return sequence, block
+
+
+@triton.jit
+def _first_valid(valid, start, end, COUNT: tl.constexpr, WALK: tl.constexpr):
+    """First valid row of a sequence, FAR without any; with COUNT how many it has, else 0."""
+    FAR_: tl.constexpr = FAR
+    first = start * 0 + FAR_
+    count = start * 0
+    at = start
+    while at < end:
+        j = at + tl.arange(0, WALK)
+        live = tl.load(valid + j, mask=j < end, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(live, j, FAR_), 0))
+        at += WALK
         if COUNT:
-            count += tl.sum(member.to(tl.float32), 1)
-        else:  # done as soon as every row has found its own
-            limit = tl.max(tl.where(live & (first == FAR), end, 0), 0)
-        tile += COLS
+            count += tl.sum(live.to(tl.int32), 0)
+        else:  # done as soon as one is found
+            at = tl.where(first == FAR_, at, end)
     return first, count
 
 
 @triton.jit
-def _members(log_probs, old_log_probs, valid, span_ids, row, live, lo, hi, j, limit):
-    """Drift of rows j as [1, COLS], and whether each belongs to each row's block [ROWS, COLS]."""
-    is_valid = tl.load(valid + j, mask=j < limit, other=0) != 0
-    new = tl.load(log_probs + j, mask=is_valid, other=0.0)
-    old = tl.load(old_log_probs + j, mask=is_valid, other=0.0)
-    member = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]) & is_valid[None, :]
-    if span_ids is not None:
-        mine = tl.load(span_ids + row, mask=live, other=0)
-        member &= tl.load(span_ids + j, mask=is_valid, other=0)[None, :] == mine[:, None]
-    return (old - new)[None, :], member
+def _drift(now, old, valid, j, hi):
+    """Drift of rows j before hi, 0 where not valid; and whether they are."""
+    live = tl.load(valid + j, mask=j < hi, other=0) != 0
+    d = tl.load(old + j, mask=live, other=0.0) - tl.load(now + j, mask=live, other=0.0)
+    return d, live
 
 
 @triton.jit
-def _block_drift(
-    log_probs,
-    old_log_probs,
-    valid,
-    span_ids,
-    row,
-    live,
-    lo,
-    hi,
-    AGGREGATE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Absolute aggregate of the drift over [lo, hi), and the first valid row there."""
-    FAR: tl.constexpr = 2**31 - 1
-    begin = tl.min(tl.where(live, lo, FAR), 0) // COLS * COLS
-    limit = tl.max(tl.where(live, hi, 0), 0)
-    total = tl.zeros([ROWS], tl.float32)
-    count = tl.zeros([ROWS], tl.float32)
-    largest = tl.zeros([ROWS], tl.float32)
-    nans = tl.zeros([ROWS], tl.int32)  # maxima drop NaN
-    leader = tl.full([ROWS], FAR, tl.int32)
-    for tile in range(begin, limit, COLS):
-        j = tile + tl.arange(0, COLS)
-        d, member = _members(log_probs, old_log_probs, valid, span_ids, row, live, lo, hi, j, limit)
-        leader = tl.minimum(leader, tl.min(tl.where(member, j[None, :], FAR), 1))
-        count += tl.sum(member.to(tl.float32), 1)
-        if AGGREGATE == "mean":
-            total += tl.sum(tl.where(member, d, 0.0), 1)
-        elif AGGREGATE == "mean_abs":
-            total += tl.sum(tl.where(member, tl.abs(d), 0.0), 1)
-        else:
-            nans = tl.maximum(nans, tl.max((member & (d != d)).to(tl.int32), 1))
-            largest = tl.maximum(largest, tl.max(tl.where(member, tl.abs(d), 0.0), 1))
-    result = largest
-    if AGGREGATE == "mean" or AGGREGATE == "mean_abs":
-        result = tl.abs(total / tl.maximum(count, 1.0))
-    if AGGREGATE == "rms":  # in units of the largest: squares of large drifts overflow
-        unit = tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0)
-        for tile in range(begin, limit, COLS):
-            j = tile + tl.arange(0, COLS)
-            d, member = _members(
-                log_probs, old_log_probs, valid, span_ids, row, live, lo, hi, j, limit
-            )
-            ratio = d / unit[:, None]
-            total += tl.sum(tl.where(member, ratio * ratio, 0.0), 1)
-        result = unit * tl.sqrt(total / tl.maximum(count, 1.0))
-    return tl.where(nans > 0, float("nan"), result), leader
+def _reduce(now, old, valid, lo, hi, AGGREGATE: tl.constexpr, LANES: tl.constexpr):
+    """Of the valid rows in [lo, hi): |aggregate|, mean drift, how many, and the first."""
+    FAR_: tl.constexpr = FAR
+    total = 0.0
+    largest = 0.0
+    signed = 0.0
+    count = lo * 0
+    leader = count + FAR_
+    at = lo
+    while at < hi:
+        j = at + tl.arange(0, LANES)
+        d, live = _drift(now, old, valid, j, hi)
+        here, top = measure(d, live, 0, AGGREGATE)
+        total, largest = joined(total, largest, here, top, AGGREGATE)
+        signed += tl.sum(d, 0)
+        count += tl.sum(live.to(tl.int32), 0)
+        leader = tl.minimum(leader, tl.min(tl.where(live, j, FAR_), 0))
+        at += LANES
+    mean = signed / tl.maximum(count.to(tl.float32), 1.0)
+    return aggregated(total, largest, count, AGGREGATE), mean, count, leader
+
+
+@triton.jit
+def _token_gates(now, old, valid, lo, hi, tau, HELD: tl.constexpr, LANES: tl.constexpr):
+    """Smallest |d| of the valid rows in [lo, hi), gates beside it, and how many rows."""
+    lowest = float("inf")
+    total = 0.0
+    count = lo * 0
+    at = lo
+    while at < hi:
+        d, live = _drift(now, old, valid, at + tl.arange(0, LANES), hi)
+        least, here, rows = gates_of(held(tl.abs(d), HELD), live, tau)
+        lowest, total, count = gates_joined(lowest, total, count, least, here, rows, tau)
+        at += LANES
+    return lowest, total, count
+
+
+@triton.jit
+def _write(now, old, valid, lo, hi, table, first, n_rows, a, mean, leader, in_sequence,
+           TOKEN: tl.constexpr, GATE: tl.constexpr, RATIO: tl.constexpr, COUNT: tl.constexpr,
+           HELD: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """Give the valid rows in [lo, hi) what is known of their block and sequence."""
+    zeros = tl.zeros([LANES], tl.float32)
+    at = lo
+    while at < hi:
+        j = at + tl.arange(0, LANES)
+        live = tl.load(valid + j, mask=j < hi, other=0) != 0
+        if GATE:
+            if TOKEN:
+                d, _ = _drift(now, old, valid, j, hi)
+                tl.store(table + j, held(tl.abs(d), HELD), mask=live)
+                tl.store(first + j, j, mask=live)
+            else:
+                tl.store(table + j, zeros + a, mask=live)
+                tl.store(first + j, tl.zeros([LANES], tl.int32) + leader, mask=live)
+        if RATIO:
+            tl.store(table + n_rows + j, zeros - mean, mask=live)
+        if COUNT:
+            tl.store(table + 3 * n_rows + j, zeros + in_sequence, mask=live)
+        at += LANES
 
 
 @triton.jit
 def _row_blocks(
-    log_probs,  # [N] float32
-    old_log_probs,  # [N] float32, or None: no drift is wanted
+    now,  # [N] float32
+    old,  # [N] float32, or None: neither drift nor ratio is wanted
     valid,  # [N] uint8
-    span_ids,  # [N] int64, or None
     cu_seqlens,  # [n_sequences + 1] int32 or int64, or None: sequences of `length` rows
-    out,  # [2 or 4, N] float32: drift, block drift; with COUNT valid rows of the sequence and 1
-    #       at its first one, else 0
-    block_first,  # [N] int32: first valid row of the row's block, -1 where not valid
+    table,  # [2 or 5, N] float32 out, of the valid rows: with GATE block drift in row 0, with
+    #         RATIO their block's log-ratio in row 1, with COUNT rows of their sequence in row 3
+    first,  # [N] int32 out: with GATE first valid row of each valid row's block
+    parts,  # [4, n_parts] float32 out with TALLY or BEGUN: see `store_part`
     n_rows,
     length,
     n_sequences,
-    block_size,
-    GRANULARITY: tl.constexpr,  # "token", "block", "span", "sequence"
+    n_blocks,
+    size,  # rows a block at most
+    each,  # blocks a program
+    n_parts,
+    first_part,  # column of `parts` of the first program
+    tau,
+    GRANULARITY: tl.constexpr,  # "token", "block", "sequence"
     AGGREGATE: tl.constexpr,  # "mean", "mean_abs", "rms", "max_abs"
-    COUNT: tl.constexpr,  # whether rows 2 and 3 of `out` are wanted
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    GATE: tl.constexpr,
+    RATIO: tl.constexpr,
+    COUNT: tl.constexpr,
+    TALLY: tl.constexpr,  # valid rows are counted in `parts`
+    BEGUN: tl.constexpr,  # sequences are
+    HELD: tl.constexpr,
+    LANES: tl.constexpr,
+    WALK: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < n_rows
-    live = tl.load(valid + row, mask=inside, other=0) != 0
-    start, end = sequence_bounds(
-        row, cu_seqlens, n_rows, length, n_sequences, cu_seqlens is not None
-    )
-    if COUNT or GRANULARITY == "block":
-        first, count = _first_valid(valid, row, live, start, end, COUNT, COLS)
-        if COUNT:
-            tl.store(out + 2 * n_rows + row, tl.where(live, count, 0.0), mask=inside)
-            is_first = (live & (first == row)).to(tl.float32)
-            tl.store(out + 3 * n_rows + row, is_first, mask=inside)
-        if GRANULARITY == "block":
-            start = tl.where(live, first + (row - first) // block_size * block_size, start)
-            end = tl.minimum(end, start + tl.minimum(block_size, n_rows))
-    if GRANULARITY == "token":
-        start = row
-        end = row + 1
-    if old_log_probs is not None:
-        drift = tl.load(old_log_probs + row, mask=live, other=0.0) - tl.load(
-            log_probs + row, mask=live, other=0.0
-        )
-        tl.store(out + row, drift, mask=inside)
-        result, leader = _block_drift(
-            log_probs, old_log_probs, valid, span_ids, row, live, start, end, AGGREGATE, ROWS, COLS
-        )
-        tl.store(out + n_rows + row, tl.where(live, result, 0.0), mask=inside)
-        tl.store(block_first + row, tl.where(live, leader, -1), mask=inside)
+    TOKEN: tl.constexpr = GRANULARITY == "token"
+    FROM_FIRST: tl.constexpr = GRANULARITY == "block"
+    tl.static_assert(TOKEN or FROM_FIRST or GRANULARITY == "sequence", "unknown granularity")
+    tl.static_assert(not TOKEN or not RATIO, "the ratio of a token needs no block")
+    FAR_: tl.constexpr = FAR
+    program = tl.program_id(0)
+    lowest = float("inf")
+    total = 0.0
+    count = program * 0
+    begun = program * 0
+    for number in range(program * each, tl.minimum(program * each + each, n_blocks)):
+        sequence, block = _block_at(number, cu_seqlens, n_rows, length, n_sequences, size)
+        start, end = borders_of(sequence, cu_seqlens, n_rows, length)
+        opening = start
+        in_sequence = 0
+        if FROM_FIRST or BEGUN or COUNT:
+            opening, in_sequence = _first_valid(valid, start, end, COUNT, WALK)
+            if BEGUN:
+                begun += ((block == 0) & (opening != FAR_)).to(tl.int32)
+        lo = start + block * size
+        if FROM_FIRST:
+            lo = tl.where(opening == FAR_, end, opening + block * size)
+        hi = tl.minimum(lo + size, end)
+        a = 0.0
+        mean = 0.0
+        leader = lo
+        if (GATE and not TOKEN) or RATIO:
+            a, mean, rows, leader = _reduce(now, old, valid, lo, hi, AGGREGATE, LANES)
+            a = held(a, HELD)
+            if TALLY:
+                least = tl.where(rows == 0, float("inf"), a)
+                gates = rows.to(tl.float32) * gate_beside(a, a, tau)
+                lowest, total, count = gates_joined(lowest, total, count, least, gates, rows, tau)
+        elif TALLY and GATE:
+            least, gates, rows = _token_gates(now, old, valid, lo, hi, tau, HELD, LANES)
+            lowest, total, count = gates_joined(lowest, total, count, least, gates, rows, tau)
+        elif TALLY:
+            _, rows = _first_valid(valid, lo, hi, True, WALK)
+            count += rows
+        if GATE or RATIO or COUNT:
+            _write(
+                now, old, valid, lo, hi, table, first, n_rows, a, mean, leader, in_sequence,
+                TOKEN, GATE, RATIO, COUNT, HELD, LANES,
+            )  # fmt: skip
+    if TALLY or BEGUN:
+        store_part(parts, n_parts, first_part + program, lowest, total, count, begun)
 
 
-def row_blocks(
-    log_probs: Tensor,  # [N] float32
-    old_log_probs: Tensor | None,  # [N] float32
-    valid: Tensor,  # [N] bool
-    span_ids: Tensor | None,  # [N] int64, with granularity "span"
-    cu_seqlens: Tensor | None,  # [B + 1] int32 or int64
-    length: int,  # rows of a sequence where cu_seqlens is None
-    granularity: str,
-    block_size: int,
-    aggregate: str,
-    count: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return (rows [2 or 4, N] float32, block_first [N] int32), as `_row_blocks` describes them.
+class Unit(NamedTuple):
+    """What drift is reduced over, and what for."""
 
-    One launch. Rows 2 and 3 exist only with `count`; without `old_log_probs` rows 0 and 1 are 0
-    and block_first is -1.
-    """
-    n_rows = log_probs.shape[0]
-    new = dict(device=log_probs.device)
-    shape = (4 if count else 2, n_rows)
-    if old_log_probs is None:
-        out = torch.zeros(shape, dtype=torch.float32, **new)
-        block_first = torch.full((n_rows,), -1, dtype=torch.int32, **new)
+    granularity: str  # "token" (or no reduction at all), "block", "span", "sequence"
+    size: int  # of a block
+    aggregate: str
+    gate: bool = False  # block drift is wanted
+    ratio: bool = False  # the block's log-ratio is
+    count: bool = False  # the valid rows of each row's sequence are
+    begun: bool = False  # sequences with valid rows are to be counted
+    tally: bool = False  # valid rows are
+
+
+class Tiles(NamedTuple):
+    """Rows at a time, and programs."""
+
+    lanes: int = 4096  # of a block
+    tokens: int = 1024  # a program, where each row is a block of its own
+    programs: int = 4096  # at most, where blocks are many
+    walk: int = 1024  # on the way to a sequence's first valid row
+    places: int = 128  # of sorted spans, a program
+    columns: int = 8  # of them beside each other
+    ends: int = 256  # tiles whose first and last spans are looked at
+    alone: int = 2048  # that one program of `_sampled_token` takes by itself
+    rows: int = 512  # a program, where there are more
+    sequence: int = 2048  # of a sequence, for its unit mean
+    sums: int = 128  # programs whose sums are added up at a time
+
+
+class Shape(NamedTuple):
+    """How rows fall into sequences."""
+
+    n_rows: int
+    length: int  # of each sequence, where they are not packed
+    n_sequences: int
+    packed: bool
+
+
+class Plan(NamedTuple):
+    """A launch of `_row_blocks`, for all tensors of one shape."""
+
+    programs: int
+    packed: bool  # it needs the borders of sequences
+    numbers: tuple[int, ...]
+    options: dict[str, Any]
+
+
+def plan_blocks(shape: Shape, unit: Unit, held: bool, tiles: Tiles) -> Plan:
+    """Blocks of rows and programs that take them."""
+    n_rows, length, n_sequences, packed = shape
+    if unit.granularity == "token" and not (unit.count or unit.begun):
+        length, n_sequences, packed = n_rows, 1, False  # sequences do not matter
+    longest = n_rows if packed else length
+    size = {"token": tiles.tokens, "block": unit.size}.get(unit.granularity, longest)
+    size = min(size, longest)
+    if packed:
+        n_blocks = n_rows // size + n_sequences
     else:
-        out = torch.empty(shape, dtype=torch.float32, **new)
-        block_first = torch.empty(n_rows, dtype=torch.int32, **new)
-    if n_rows:
-        _row_blocks[(triton.cdiv(n_rows, ROWS),)](
-            log_probs, old_log_probs, valid.view(torch.uint8), span_ids, cu_seqlens,
-            out, block_first, n_rows, length,
-            0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, min(block_size, n_rows),
-            GRANULARITY=granularity, AGGREGATE=aggregate, COUNT=count,
-            ROWS=ROWS, COLS=COLS, num_warps=NUM_WARPS,
-        )  # fmt: skip
-    return out, block_first
+        n_blocks = n_sequences * ceil_div(length, size)
+    each = ceil_div(n_blocks, tiles.programs)
+    usual = min(size, 2 * ceil_div(n_rows, n_sequences))  # the lengths of packed ones vary
+    lanes = min(tiles.lanes, max(32, power_of_2(usual)))
+    options = dict(
+        GRANULARITY=unit.granularity, AGGREGATE=unit.aggregate, GATE=unit.gate, RATIO=unit.ratio,
+        COUNT=unit.count, TALLY=unit.tally, BEGUN=unit.begun, HELD=held,
+        LANES=lanes, WALK=tiles.walk, num_warps=min(16, max(1, lanes // 256)),
+    )  # fmt: skip
+    numbers = n_rows, length, n_sequences, n_blocks, size, each
+    return Plan(ceil_div(n_blocks, each), packed, numbers, options)
+
+
+def reduce_blocks(
+    plan: Plan,
+    data: Any,  # `RowData`
+    valid: Tensor,  # [N] uint8
+    table: Tensor,
+    first: Tensor,
+    parts: Tensor,
+    n_parts: int,
+    first_part: int,
+    tau: float,
+) -> None:
+    """Launch `_row_blocks`, which has the shapes."""
+    launch(
+        _row_blocks, (plan.programs,), data.now, data.old, valid,
+        data.cu_seqlens if plan.packed else None, table, first, parts, *plan.numbers,
+        n_parts, first_part, tau, **plan.options,
+    )  # fmt: skip

@@ -10,8 +10,19 @@ from torch import Tensor
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32
+LARGEST_DRIFT = tl.constexpr(2.0**126)  # stands for infinity where a call is a part of its batch
 
 ALIGNMENT = 16  # bytes of the widest load
+
+
+def ceil_div(n: int, size: int) -> int:
+    """Parts of at most `size` in n. Triton's own, made for kernels too, takes microseconds."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n; see `ceil_div`."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def vector_width(x: Tensor) -> int:

@@ -13,7 +13,11 @@ Reverse and forward take one read: with u the one whose mass weighs the sum and 
     L = C / S_u - log S_u + log S_v,   C = sum exp(u - max u) ((u - max u) - (v - max v))
 
 and C is rescaled like the sums S as the maxima move. A second read gives the JSD, whose m needs
-both sums. Lanes keep their own statistics, as in `scan`, so no loop has a barrier.
+both sums; with r = q / p it takes log m - log p = log((1 - beta) + beta r).
+
+Lanes keep their own statistics (see `lanes`), so no loop has a barrier. Inside the loops logarithms
+are of base 2: beyond some 25 instructions a word of both models, the arithmetic takes longer than
+the bytes.
 
 Bytes that must move: N * U * (itemsize of both) read, twice for "jsd"; O(N) besides. U words are
 shared, of the student's V.
@@ -25,100 +29,96 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import LOG2_E
+from .lanes import LOWEST, lanes, load_lanes, move, top_of, words
+from .launch import launch
 from .paired import (
     DIRECTIONS,
-    LOWEST,
     access,
     both_log_probs,
-    load_tiles,
-    mixture,
+    ratio_to_mixture,
     row_pointers,
 )
 
-LANES = 512  # with 8 warps: two 16-byte loads of each tensor in flight per thread
-NUM_WARPS = 8
-
-
-def divergence_bytes(logits: Tensor, teacher: Tensor, direction: str) -> int:
-    """Bytes that `divergence` must move through device memory."""
-    rows = teacher.numel() // max(teacher.shape[-1], 1)
-    both = teacher.numel() * (logits.element_size() + teacher.element_size())
-    return both * (1 + (direction == "jsd")) + rows * (8 + 1 + 4 * 7)
-
-
-@triton.jit
-def _move(maximum, new):
-    """(shift, how far the maximum moved): a lane that has seen only -inf so far is at LOWEST."""
-    LOWEST_: tl.constexpr = LOWEST
-    shift = tl.where(new == -float("inf"), 0.0, new)
-    return shift, tl.maximum(maximum - shift, LOWEST_)
+# Two 16-byte loads of each tensor in flight per thread, in 48 to 80 registers.
+NUM_WARPS = 4
+LOADS = 2
+LEAST = tl.constexpr(-60.0)  # log2 of the least mass that the JSD tells from 0
 
 
 @triton.jit
 def _accumulate(
-    x, y, top, total, other_top, other_total, cross, infinite, moment, scale, other_scale,
-    CROSS: tl.constexpr, MOMENT: tl.constexpr,
+    xs, ys, top, total, other_top, other_total, cross, infinite, moment, scale_log2,
+    other_scale_log2, CROSS: tl.constexpr, MOMENT: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
-    """Fold tiles `x`, `y` [LANES, VECTOR] into the lanes' statistics.
+    """Fold tiles `xs` and `ys` into the lanes' statistics.
 
     The masses of x weigh the cross moment; `moment` is that of x (MOMENT 1) or of y (MOMENT 2).
+    Both are in units of log 2. A weight of 0 counts 0 even beside -inf, and a weight of NaN stays.
+    `infinite` grows beyond -LOWEST / 2 where y alone excludes a word, however little its mass in x.
     """
-    LOG2_E_: tl.constexpr = LOG2_E
-    new = tl.maximum(top, tl.max(x, 1))
-    other_new = tl.maximum(other_top, tl.max(y, 1))
-    shift, delta = _move(top, new)
-    other_shift, other_delta = _move(other_top, other_new)
-    carry = tl.exp2(delta * (scale * LOG2_E_))
-    other_carry = tl.exp2(other_delta * (other_scale * LOG2_E_))
-    u = (x - shift[:, None]) * scale
-    v = (y - other_shift[:, None]) * other_scale
-    weight = tl.exp2(u * LOG2_E_)
-    other_weight = tl.exp2(v * LOG2_E_)
-    if CROSS:
-        # A word without mass in x counts 0; one that y alone excludes makes the sum infinite.
-        difference = tl.where(x == -float("inf"), 0.0, u - v)
-        missing = difference == float("inf")
-        moved = delta * scale - other_delta * other_scale
-        cross = (cross + total * moved) * carry
-        cross += tl.sum(tl.where(missing, 0.0, weight * difference), 1)
-        infinite = tl.maximum(infinite, tl.max(tl.where(missing, 1.0, 0.0), 1))
+    LOWEST_: tl.constexpr = LOWEST
+    new = top_of(xs, top, LOADS)
+    other_new = top_of(ys, other_top, LOADS)
+    shift, delta = move(top, new)
+    other_shift, other_delta = move(other_top, other_new)
+    delta *= scale_log2
+    other_delta *= other_scale_log2
+    carry = tl.exp2(delta)
+    other_carry = tl.exp2(other_delta)
+    cross = (cross + total * (delta - other_delta)) * carry
     if MOMENT == 1:
-        moment = (moment + total * (delta * scale)) * carry
-        moment += tl.sum(tl.where(x == -float("inf"), 0.0, weight * u), 1)
+        moment = (moment + total * delta) * carry
     if MOMENT == 2:
-        moment = (moment + other_total * (other_delta * other_scale)) * other_carry
-        moment += tl.sum(tl.where(y == -float("inf"), 0.0, other_weight * v), 1)
-    total = total * carry + tl.sum(weight, 1)
-    other_total = other_total * other_carry + tl.sum(other_weight, 1)
+        moment = (moment + other_total * other_delta) * other_carry
+    total *= carry
+    other_total *= other_carry
+    for i in tl.static_range(LOADS):
+        u = (xs[i] - shift[:, None]) * scale_log2
+        v = (ys[i] - other_shift[:, None]) * other_scale_log2
+        weight = tl.exp2(u)
+        other_weight = tl.exp2(v)
+        total += tl.sum(weight, 1)
+        other_total += tl.sum(other_weight, 1)
+        u = tl.maximum(u, LOWEST_)
+        v = tl.maximum(v, LOWEST_)
+        if CROSS:
+            cross += tl.sum(weight * (u - v), 1)
+            infinite = tl.maximum(infinite, tl.max(u - v, 1))
+        if MOMENT == 1:
+            moment += tl.sum(weight * u, 1)
+        if MOMENT == 2:
+            moment += tl.sum(other_weight * v, 1)
     return new, total, other_new, other_total, cross, infinite, moment
 
 
 @triton.jit
 def _reduce(
-    top, total, other_top, other_total, cross, infinite, moment, scale, other_scale,
+    top, total, other_top, other_total, cross, infinite, moment, scale_log2, other_scale_log2,
     MOMENT: tl.constexpr,
 ):  # fmt: skip
-    """Fold the lanes: maxima, logarithms of the sums, cross / total, moment / sum.
+    """Fold the lanes: maxima, natural logarithms of the sums, cross / total, moment / sum.
 
     A row without mass (all -inf) has the logarithm NaN, as log_softmax has it.
     """
     LOG2_E_: tl.constexpr = LOG2_E
-    _, delta = _move(top, tl.max(top, 0))
-    _, other_delta = _move(other_top, tl.max(other_top, 0))
-    carry = tl.exp2(delta * (scale * LOG2_E_))
-    other_carry = tl.exp2(other_delta * (other_scale * LOG2_E_))
+    _, delta = move(top, tl.max(top, 0))
+    _, other_delta = move(other_top, tl.max(other_top, 0))
+    delta *= scale_log2
+    other_delta *= other_scale_log2
+    carry = tl.exp2(delta)
+    other_carry = tl.exp2(other_delta)
     row_total = tl.sum(total * carry, 0)
     other_row_total = tl.sum(other_total * other_carry, 0)
     log_total = tl.where(row_total == 0.0, float("nan"), tl.log(row_total))
     other_log_total = tl.where(other_row_total == 0.0, float("nan"), tl.log(other_row_total))
-    moved = delta * scale - other_delta * other_scale
-    mean = tl.sum((cross + total * moved) * carry, 0) / row_total
+    cross = (cross + total * (delta - other_delta)) * carry
+    mean = tl.sum(cross, 0) / row_total / LOG2_E_
     mean_log = 0.0
     if MOMENT == 1:
-        mean_log = tl.sum((moment + total * (delta * scale)) * carry, 0) / row_total
+        mean_log = tl.sum((moment + total * delta) * carry, 0) / row_total / LOG2_E_
     if MOMENT == 2:
-        moment = (moment + other_total * (other_delta * other_scale)) * other_carry
-        mean_log = tl.sum(moment, 0) / other_row_total
+        moment = (moment + other_total * other_delta) * other_carry
+        mean_log = tl.sum(moment, 0) / other_row_total / LOG2_E_
     return (
         tl.max(top, 0), log_total, tl.max(other_top, 0), other_log_total,
         mean, tl.max(infinite, 0), mean_log,
@@ -185,10 +185,14 @@ def _divergence(
     DIRECTION: tl.constexpr,
     ALIGNED: tl.constexpr,  # rows of both tensors start on 16-byte boundaries,
     CONGRUENT: tl.constexpr,  # or lie equally far beyond one
+    LOADS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    TILE: tl.constexpr = LANES * VECTOR
+    TILE: tl.constexpr = LOADS * LANES * VECTOR
+    LOG2_E_: tl.constexpr = LOG2_E
+    LOWEST_: tl.constexpr = LOWEST
+    tl.static_assert((DIRECTION >= 0) & (DIRECTION <= 2))
     SWAP: tl.constexpr = DIRECTION == 1  # forward: the teacher's masses weigh
     CROSS: tl.constexpr = DIRECTION != 2
     MOMENT: tl.constexpr = 0 if entropy_out is None else 1 + SWAP
@@ -199,49 +203,51 @@ def _divergence(
         teacher_stride_row, ALIGNED, CONGRUENT, VECTOR,
     )  # fmt: skip
     row_logits = x_pointers + shift
-    lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    x_pointers += lane
-    y_pointers += lane
+    word = words(LANES, VECTOR)
+    x_pointers += word
+    y_pointers += word
     # Tiles [begin, full) lie inside the row; the one before, and the one after, may not.
     begin = 0 if ALIGNED else 1
     full = tl.where(live, (vocab + shift) // TILE, 0)
-    first_inside = (lane >= shift) & (lane < vocab + shift)
-    last_inside = lane < vocab + shift - full * TILE
+    rest = vocab + shift - full * TILE
     first = live & (begin == 1)
-    last = live & (full >= begin) & (vocab + shift > full * TILE)
+    last = live & (full >= begin) & (rest > 0)
 
-    u_scale = teacher_scale if SWAP else scale
-    v_scale = scale if SWAP else teacher_scale
+    u_scale = (teacher_scale if SWAP else scale) * LOG2_E_
+    v_scale = (scale if SWAP else teacher_scale) * LOG2_E_
     u_top = tl.full([LANES], -float("inf"), tl.float32)
     v_top = tl.full([LANES], -float("inf"), tl.float32)
     u_total = tl.zeros([LANES], tl.float32)
     v_total = tl.zeros([LANES], tl.float32)
     cross = tl.zeros([LANES], tl.float32)
-    infinite = tl.zeros([LANES], tl.float32)
+    infinite = tl.full([LANES], LOWEST_, tl.float32)
     moment = tl.zeros([LANES], tl.float32)
     if first:
-        x, y = load_tiles(x_pointers, y_pointers, first_inside)
+        xs = load_lanes(x_pointers, word, shift, vocab + shift, LOADS, True)
+        ys = load_lanes(y_pointers, word, shift, vocab + shift, LOADS, True)
         u_top, u_total, v_top, v_total, cross, infinite, moment = _accumulate(
-            y if SWAP else x, x if SWAP else y, u_top, u_total, v_top, v_total, cross, infinite,
-            moment, u_scale, v_scale, CROSS, MOMENT,
+            ys if SWAP else xs, xs if SWAP else ys, u_top, u_total, v_top, v_total, cross, infinite,
+            moment, u_scale, v_scale, CROSS, MOMENT, LOADS,
         )  # fmt: skip
     for tile in range(begin, full):
-        x, y = load_tiles(x_pointers + tile * TILE, y_pointers + tile * TILE, None)
+        xs = load_lanes(x_pointers + tile * TILE, word, 0, TILE, LOADS, False)
+        ys = load_lanes(y_pointers + tile * TILE, word, 0, TILE, LOADS, False)
         u_top, u_total, v_top, v_total, cross, infinite, moment = _accumulate(
-            y if SWAP else x, x if SWAP else y, u_top, u_total, v_top, v_total, cross, infinite,
-            moment, u_scale, v_scale, CROSS, MOMENT,
+            ys if SWAP else xs, xs if SWAP else ys, u_top, u_total, v_top, v_total, cross, infinite,
+            moment, u_scale, v_scale, CROSS, MOMENT, LOADS,
         )  # fmt: skip
     if last:
-        x, y = load_tiles(x_pointers + full * TILE, y_pointers + full * TILE, last_inside)
+        xs = load_lanes(x_pointers + full * TILE, word, 0, rest, LOADS, True)
+        ys = load_lanes(y_pointers + full * TILE, word, 0, rest, LOADS, True)
         u_top, u_total, v_top, v_total, cross, infinite, moment = _accumulate(
-            y if SWAP else x, x if SWAP else y, u_top, u_total, v_top, v_total, cross, infinite,
-            moment, u_scale, v_scale, CROSS, MOMENT,
+            ys if SWAP else xs, xs if SWAP else ys, u_top, u_total, v_top, v_total, cross, infinite,
+            moment, u_scale, v_scale, CROSS, MOMENT, LOADS,
         )  # fmt: skip
     u_top, u_log_sum, v_top, v_log_sum, mean, infinite, row_moment = _reduce(
         u_top, u_total, v_top, v_total, cross, infinite, moment, u_scale, v_scale, MOMENT
     )
     loss = mean - u_log_sum + v_log_sum  # for "jsd" `_jsd` overwrites it
-    loss = tl.where((infinite > 0.0) & (loss == loss), float("inf"), loss)
+    loss = tl.where((infinite > -0.5 * LOWEST_) & (loss == loss), float("inf"), loss)
     _finish(
         row_logits, row, live, loss, v_top if SWAP else u_top, v_log_sum if SWAP else u_log_sum,
         u_top if SWAP else v_top, u_log_sum if SWAP else v_log_sum, row_moment, labels, loss_out,
@@ -251,14 +257,26 @@ def _divergence(
 
 @triton.jit
 def _accumulate_mixture(
-    x, y, own, other, scale, teacher_scale, top, log_sum, teacher_top, teacher_log_sum, beta
-):
-    """Fold a tile into the lanes' sums p (log p - log m) and q (log q - log m)."""
-    log_p, log_q = both_log_probs(
-        x, y, scale, teacher_scale, top, log_sum, teacher_top, teacher_log_sum
-    )
-    p, q, log_m = mixture(log_p, log_q, beta)
-    return own + tl.sum(p * (log_p - log_m), 1), other + tl.sum(q * (log_q - log_m), 1)
+    xs, ys, own, other, scale_log2, teacher_scale_log2, top, log_sum, teacher_top,
+    teacher_log_sum, beta, LOADS: tl.constexpr,
+):  # fmt: skip
+    """Fold tiles into the lanes' sums p (log p - log m) and q (log q - log m), in units of log 2.
+
+    The logarithms of the sums are of base 2. Words of less mass than LEAST count as of that much:
+    q = p r then holds where p would underflow.
+    """
+    LEAST_: tl.constexpr = LEAST
+    for i in tl.static_range(LOADS):
+        log_p, log_q = both_log_probs(
+            xs[i], ys[i], scale_log2, teacher_scale_log2, top, log_sum, teacher_top, teacher_log_sum
+        )
+        log_p = tl.maximum(log_p, LEAST_)
+        difference = tl.maximum(log_q, LEAST_) - log_p
+        p = tl.exp2(log_p)
+        ratio, log_ratio = ratio_to_mixture(difference, beta, False)
+        own -= tl.sum(p * log_ratio, 1)
+        other += tl.sum((p * ratio) * (difference - log_ratio), 1)
+    return own, other
 
 
 @triton.jit
@@ -280,47 +298,59 @@ def _jsd(
     beta,
     ALIGNED: tl.constexpr,
     CONGRUENT: tl.constexpr,
+    LOADS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """The second read of "jsd": its value and its centre, sum p (log p - log m)."""
-    TILE: tl.constexpr = LANES * VECTOR
+    TILE: tl.constexpr = LOADS * LANES * VECTOR
+    LOG2_E_: tl.constexpr = LOG2_E
     row = tl.program_id(0)
     live = tl.load(valid + row) != 0
     x_pointers, y_pointers, shift = row_pointers(
         logits, teacher, row, length, stride_batch, stride_row, teacher_stride_batch,
         teacher_stride_row, ALIGNED, CONGRUENT, VECTOR,
     )  # fmt: skip
-    lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    x_pointers += lane
-    y_pointers += lane
+    word = words(LANES, VECTOR)
+    x_pointers += word
+    y_pointers += word
     begin = 0 if ALIGNED else 1
     full = tl.where(live, (vocab + shift) // TILE, 0)
+    rest = vocab + shift - full * TILE
     own = tl.zeros([LANES], tl.float32)
     other = tl.zeros([LANES], tl.float32)
     top = tl.load(statistics + row)
-    log_sum = tl.load(statistics + n_rows + row)
+    log_sum = tl.load(statistics + n_rows + row) * LOG2_E_
     teacher_top = tl.load(statistics + 2 * n_rows + row)
-    teacher_log_sum = tl.load(statistics + 3 * n_rows + row)
+    teacher_log_sum = tl.load(statistics + 3 * n_rows + row) * LOG2_E_
+    scale *= LOG2_E_
+    teacher_scale *= LOG2_E_
     if live & (begin == 1):
-        inside = (lane >= shift) & (lane < vocab + shift)
-        x, y = load_tiles(x_pointers, y_pointers, inside)
+        xs = load_lanes(x_pointers, word, shift, vocab + shift, LOADS, True)
+        ys = load_lanes(y_pointers, word, shift, vocab + shift, LOADS, True)
         own, other = _accumulate_mixture(
-            x, y, own, other, scale, teacher_scale, top, log_sum, teacher_top, teacher_log_sum, beta
-        )
+            xs, ys, own, other, scale, teacher_scale, top, log_sum, teacher_top, teacher_log_sum,
+            beta, LOADS,
+        )  # fmt: skip
     for tile in range(begin, full):
-        x, y = load_tiles(x_pointers + tile * TILE, y_pointers + tile * TILE, None)
+        xs = load_lanes(x_pointers + tile * TILE, word, 0, TILE, LOADS, False)
+        ys = load_lanes(y_pointers + tile * TILE, word, 0, TILE, LOADS, False)
         own, other = _accumulate_mixture(
-            x, y, own, other, scale, teacher_scale, top, log_sum, teacher_top, teacher_log_sum, beta
-        )
-    if live & (full >= begin) & (vocab + shift > full * TILE):
-        inside = lane < vocab + shift - full * TILE
-        x, y = load_tiles(x_pointers + full * TILE, y_pointers + full * TILE, inside)
+            xs, ys, own, other, scale, teacher_scale, top, log_sum, teacher_top, teacher_log_sum,
+            beta, LOADS,
+        )  # fmt: skip
+    if live & (full >= begin) & (rest > 0):
+        xs = load_lanes(x_pointers + full * TILE, word, 0, rest, LOADS, True)
+        ys = load_lanes(y_pointers + full * TILE, word, 0, rest, LOADS, True)
         own, other = _accumulate_mixture(
-            x, y, own, other, scale, teacher_scale, top, log_sum, teacher_top, teacher_log_sum, beta
-        )
-    centre = tl.sum(own, 0)
-    loss = beta * tl.sum(other, 0) + (1.0 - beta) * centre
+            xs, ys, own, other, scale, teacher_scale, top, log_sum, teacher_top, teacher_log_sum,
+            beta, LOADS,
+        )  # fmt: skip
+    centre = tl.sum(own, 0) / LOG2_E_
+    loss = beta * (tl.sum(other, 0) / LOG2_E_) + (1.0 - beta) * centre
+    known = log_sum + teacher_log_sum  # NaN where a row holds a NaN or +inf, or no mass
+    centre = tl.where(known == known, centre, known)
+    loss = tl.where(known == known, loss, known)
     tl.store(loss_out + row, tl.where(live, loss, 0.0))
     tl.store(statistics + 4 * n_rows + row, tl.where(live, centre, 0.0))
 
@@ -350,18 +380,30 @@ def divergence(
     entropy = torch.empty(rows if with_entropy else 0, **new)
     if rows:
         tiling = access(logits, teacher)
-        tiling["LANES"] = min(LANES, triton.next_power_of_2(triton.cdiv(vocab, tiling["VECTOR"])))
+        tiling |= lanes(vocab, tiling["VECTOR"], NUM_WARPS, LOADS)
         live, sizes = valid.view(torch.uint8), (rows, length, vocab)
         strides = *logits.stride()[:2], *teacher.stride()[:2]
-        _divergence[(rows,)](
-            logits, teacher, labels, live, loss, log_probs, statistics,
+        launch(
+            _divergence, (rows,), logits, teacher, labels, live, loss, log_probs, statistics,
             entropy if with_entropy else None, *strides,
             *sizes, scale, teacher_scale, DIRECTION=DIRECTIONS[direction], **tiling,
             num_warps=NUM_WARPS,
         )  # fmt: skip
         if direction == "jsd":
-            _jsd[(rows,)](
-                logits, teacher, live, loss, statistics, *strides, *sizes, scale, teacher_scale,
-                beta, **tiling, num_warps=NUM_WARPS,
-            )  # fmt: skip
+            launch(
+                _jsd,
+                (rows,),
+                logits,
+                teacher,
+                live,
+                loss,
+                statistics,
+                *strides,
+                *sizes,
+                scale,
+                teacher_scale,
+                beta,
+                **tiling,
+                num_warps=NUM_WARPS,
+            )
     return loss, log_probs, statistics, entropy

@@ -20,17 +20,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import ALIGNMENT, LOG2_E, expm1_negative, is_aligned, vector_width
+from .common import (
+    ALIGNMENT,
+    LOG2_E,
+    ceil_div,
+    expm1_negative,
+    is_aligned,
+    power_of_2,
+    programs_wanted,
+    vector_width,
+)
+from .launch import launch
 
 TILE_BYTES = 8192  # of logits: two 16-byte loads in flight per thread
-TILES_PER_PROGRAM = 4
+TILES_PER_PROGRAM = 8  # fewer where rows are few: see `shares`
 NUM_WARPS = 8
-
-
-def expand_bytes(logits: Tensor, k: int, *, read: bool = True) -> int:
-    """Bytes that `expand` must move through device memory; `read` is False where alpha is 0."""
-    rows = logits.numel() // max(logits.shape[-1], 1)
-    return logits.numel() * logits.element_size() * (1 + read) + rows * (12 + k * (8 + 4 + 4))
+WAVES = 4  # programs wanted, as multiples of those that run at once: the last wave is rarely full
 
 
 @triton.jit
@@ -112,10 +117,7 @@ def _expand(
         target_column = tl.where(known, column, -1).to(tl.int32) + shift
 
     tiles = (vocab + shift + TILE - 1) // TILE
-    share = (tiles + chunks - 1) // chunks
-    begin = chunk * share
-    end = tl.minimum(begin + share, tiles)
-    for tile in range(begin, end):
+    for tile in range(chunk * tiles // chunks, (chunk + 1) * tiles // chunks):
         start = tile * TILE
         is_target = None
         if ids is not None:
@@ -203,21 +205,39 @@ def expand(
         return
     vector = vector_width(logits)
     aligned = is_aligned(logits, vector) and is_aligned(out, vector)
-    tile = min(TILE_BYTES // logits.element_size(), triton.next_power_of_2(vocab))
-    chunks = triton.cdiv(triton.cdiv(vocab + vector - 1, tile), TILES_PER_PROGRAM)
+    tile = min(TILE_BYTES // logits.element_size(), power_of_2(vocab))
+    tiles = ceil_div(vocab + vector - 1, tile)
+    chunks = shares(rows, tiles, TILES_PER_PROGRAM, programs_wanted(logits.device))
     row_data = gathered, maximum, log_sum, None if valid is None else valid.view(torch.uint8)
     coefficients = alpha, beta
-    _expand[(rows * chunks,)](
-        logits, out, ids if k == 1 else None, *row_data, *coefficients,
+    launch(
+        _expand, (rows * chunks,), logits, out, ids if k == 1 else None, *row_data, *coefficients,
         *logits.stride()[:2], *out.stride()[:2], length, vocab, scale, chunks,
         ALIGNED=aligned, CONGRUENT=not aligned and _congruent(logits, out, vector),
         TILE=tile, VECTOR=vector, num_warps=NUM_WARPS,
     )  # fmt: skip
     if k > 1:
-        _entries[(rows,)](
-            out, ids, *row_data, *coefficients, *out.stride()[:2], length, vocab, scale,
-            K=k, BLOCK_K=min(triton.next_power_of_2(k), 64), PEERS=16, num_warps=2,
-        )  # fmt: skip
+        launch(
+            _entries,
+            (rows,),
+            out,
+            ids,
+            *row_data,
+            *coefficients,
+            *out.stride()[:2],
+            length,
+            vocab,
+            scale,
+            K=k,
+            BLOCK_K=min(power_of_2(k), 64),
+            PEERS=16,
+            num_warps=2,
+        )
+
+
+def shares(rows: int, tiles: int, most: int, at_once: int) -> int:
+    """Programs of a row: with `most` tiles each, or as few as fill the device WAVES times."""
+    return ceil_div(tiles, min(most, max(rows * tiles // (WAVES * at_once), 1)))
 
 
 def _congruent(x: Tensor, y: Tensor, vector: int) -> bool:

@@ -1,13 +1,14 @@
 """What the passes over both vocabularies share: tiles of two tensors, side by side."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
-from .common import ALIGNMENT, LOG2_E, TINY, is_aligned, vector_width
+from .common import ALIGNMENT, is_aligned, vector_width
 
 DIRECTIONS = {"reverse": 0, "forward": 1, "jsd": 2}
-LOWEST = tl.constexpr(-1e30)  # stands for -inf where 0 * -inf would be NaN
 
 
 def access(*tensors: Tensor) -> dict[str, int]:
@@ -28,29 +29,36 @@ def access(*tensors: Tensor) -> dict[str, int]:
     return dict(ALIGNED=aligned, CONGRUENT=congruent and not aligned, VECTOR=vector)
 
 
+def has_fast_log2(x: Tensor) -> bool:
+    """Whether a logarithm can be one instruction, off by 2^-22 at most around 1.
+
+    Triton's own takes 26 on NVIDIA; on AMD it is near one already.
+    """
+    return x.is_cuda and torch.version.hip is None
+
+
 @triton.jit
-def both_log_probs(x, y, scale, teacher_scale, top, log_sum, teacher_top, teacher_log_sum):
-    """Log-probs of student and teacher; a word without mass is at LOWEST. NaN stays.
+def both_log_probs(
+    x, y, scale_log2, teacher_scale_log2, top, log_sum, teacher_top, teacher_log_sum
+):
+    """Logarithms of base 2 of the masses of student and teacher; those of the sums likewise.
 
     The tops are those of x and y, before the scales: large products would round apart from those
     that the sums were taken of, and the masses would no longer sum to 1.
     """
-    LOWEST_: tl.constexpr = LOWEST
-    log_p = (x - top) * scale - log_sum
-    log_q = (y - teacher_top) * teacher_scale - teacher_log_sum
-    log_p = tl.where(log_p < LOWEST_, LOWEST_, log_p)
-    return log_p, tl.where(log_q < LOWEST_, LOWEST_, log_q)
+    log_p = (x - top) * scale_log2 - log_sum
+    log_q = (y - teacher_top) * teacher_scale_log2 - teacher_log_sum
+    return log_p, log_q
 
 
 @triton.jit
-def mixture(log_p, log_q, beta):
-    """p, q and log m of the mixture m."""
-    LOG2_E_: tl.constexpr = LOG2_E
-    TINY_: tl.constexpr = TINY
-    p = tl.exp2(log_p * LOG2_E_)
-    q = tl.exp2(log_q * LOG2_E_)
-    m = beta * q + (1.0 - beta) * p
-    return p, q, tl.log(tl.where(m < TINY_, TINY_, m))
+def ratio_to_mixture(difference, beta, FAST_LOG2: tl.constexpr):
+    """r = q / p and log2(m / p), for log2 r = `difference` and the mixture m."""
+    ratio = tl.exp2(difference)
+    mixture = (1.0 - beta) + beta * ratio
+    if FAST_LOG2:
+        return ratio, libdevice.fast_log2f(mixture)
+    return ratio, tl.log2(mixture)
 
 
 @triton.jit
@@ -80,21 +88,3 @@ def row_pointers(
         x = logits + offset
         y = teacher + teacher_offset
     return x, y, shift
-
-
-@triton.jit
-def load_tiles(x_pointers, y_pointers, inside):
-    """Both tiles in float32; beyond the row -inf, which no sum counts.
-
-    Logits below LOWEST, as of words masked with the lowest finite number, become -inf: they have no
-    mass, and a temperature under 1 would make them infinite where sums no longer expect it.
-    """
-    LOWEST_: tl.constexpr = LOWEST
-    if inside is None:
-        x = tl.load(x_pointers)
-        y = tl.load(y_pointers)
-    else:
-        x = tl.load(x_pointers, mask=inside, other=-float("inf"))
-        y = tl.load(y_pointers, mask=inside, other=-float("inf"))
-    x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.where(x < LOWEST_, -float("inf"), x), tl.where(y < LOWEST_, -float("inf"), y)

@@ -9,9 +9,9 @@ For a row z = scale * logits[row] and ids i_1 .. i_K:
 `maximum` and `log_sum` stay apart: subtracting their rounded sum from a large logit loses digits.
 So do large products with the scale, which come after the difference where both are at hand.
 
-Each lane of a `[LANES, VECTOR]` tile keeps its own running maximum and sum, so the loop over the
-vocabulary has no barrier; the lanes are reduced once, after it. Where rows are too few to fill the
-device, several programs share a row and `_combine` folds their partial statistics in fixed order.
+Each lane keeps its own running maximum and sums (see `lanes`); they are reduced once, after the
+loop over the vocabulary. Where rows are too few to fill the device, several programs share a row
+and `_combine` folds their partial statistics in fixed order.
 
 Bytes that must move: N * V * itemsize read, O(N K) besides.
 """
@@ -21,32 +21,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E, is_aligned, programs_wanted, vector_width
+from .common import LOG2_E, ceil_div, is_aligned, power_of_2, programs_wanted, vector_width
+from .lanes import LOWEST, lanes, load_lanes, move, top_of, words
+from .launch import launch
 
-LANES = 1024  # with 16-byte vectors and 8 warps: four independent loads in flight per thread
-NUM_WARPS = 8
-
-
-def scan_bytes(logits: Tensor, k: int, *, with_entropy: bool = False) -> int:
-    """Bytes that `scan` must move through device memory."""
-    rows = logits.numel() // max(logits.shape[-1], 1)
-    per_row = k * (8 + 4 + 4) + 8 + 4 * with_entropy
-    return logits.numel() * logits.element_size() + rows * per_row
+# Rows of up to so many words: (warps of a program, 16-byte loads in flight of each thread).
+# What a program does once a row (its launch, the sums over its warps, the gather) takes as long as
+# some tiles. Short rows go to smaller programs, of which a multiprocessor holds more at a time.
+TILES = ((65_536, 2, 4), (2**31, 4, 4))
+WAVES = 4  # programs wanted, as multiples of those that run at once: the last wave is rarely full
 
 
 @triton.jit
-def _accumulate(x, maximum, total, moment, scale_log2, WITH_ENTROPY: tl.constexpr):
-    """Fold a tile `x [LANES, VECTOR]` into the lanes' running statistics."""
-    new = tl.maximum(maximum, tl.max(x, 1))
-    shift = tl.where(new == -float("inf"), 0.0, new)  # a lane that has seen only -inf so far
-    delta = tl.where(maximum == -float("inf"), 0.0, maximum - shift)
+def _accumulate(
+    xs, maximum, total, moment, scale_log2, WITH_ENTROPY: tl.constexpr, LOADS: tl.constexpr
+):
+    """Fold a tile into the lanes' running statistics."""
+    LOWEST_: tl.constexpr = LOWEST
+    new = top_of(xs, maximum, LOADS)
+    shift, delta = move(maximum, new)
     carry = tl.exp2(delta * scale_log2)
-    centred = x - shift[:, None]
-    weight = tl.exp2(centred * scale_log2)
     if WITH_ENTROPY:
         moment = (moment + total * delta) * carry
-        moment += tl.sum(tl.where(centred == -float("inf"), 0.0, weight * centred), 1)
-    total = total * carry + tl.sum(weight, 1)
+    total *= carry
+    for i in tl.static_range(LOADS):
+        centred = xs[i] - shift[:, None]
+        weight = tl.exp2(centred * scale_log2)
+        if WITH_ENTROPY:  # a weight of 0 times -inf counts 0; a weight of NaN stays
+            moment += tl.sum(weight * tl.maximum(centred, LOWEST_), 1)
+        total += tl.sum(weight, 1)
     return new, total, moment
 
 
@@ -54,10 +57,22 @@ def _accumulate(x, maximum, total, moment, scale_log2, WITH_ENTROPY: tl.constexp
 def _reduce(maximum, total, moment, scale_log2):
     """Fold lanes (or partial statistics of one row) into one."""
     top = tl.max(maximum, 0)
-    shift = tl.where(top == -float("inf"), 0.0, top)
-    delta = tl.where(maximum == -float("inf"), 0.0, maximum - shift)
+    _, delta = move(maximum, top)
     carry = tl.exp2(delta * scale_log2)
     return top, tl.sum(total * carry, 0), tl.sum((moment + total * delta) * carry, 0)
+
+
+@triton.jit
+def _store_entries(
+    row_logits, row, live, column, k, maximum, log_sum, gathered, log_probs, vocab, scale,
+    K: tl.constexpr,
+):  # fmt: skip
+    """Gather the entries `column` of a row, which are the k-th of its list."""
+    readable = (column >= 0) & (column < vocab) & live
+    x = tl.load(row_logits + column, mask=readable, other=float("nan")).to(tl.float32)
+    tl.store(gathered + row * K + k, tl.where(live, x * scale, 0.0), mask=k < K)
+    log_prob = (x - maximum) * scale - log_sum
+    tl.store(log_probs + row * K + k, tl.where(live, log_prob, 0.0), mask=k < K)
 
 
 @triton.jit
@@ -65,6 +80,7 @@ def _finish(
     row_logits,  # the row's first logit
     row,
     live,  # False: an ignored row, every output is 0
+    column,  # the first BLOCK_K ids of the row
     maximum,
     total,
     moment,
@@ -86,14 +102,16 @@ def _finish(
     if entropy_out is not None:
         entropy = log_sum - scale * moment / total
         tl.store(entropy_out + row, tl.where(live, entropy, 0.0))
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        column = tl.load(ids + row * K + k, mask=k < K, other=-1)
-        readable = (column >= 0) & (column < vocab) & live
-        x = tl.load(row_logits + column, mask=readable, other=float("nan")).to(tl.float32)
-        tl.store(gathered + row * K + k, tl.where(live, x * scale, 0.0), mask=k < K)
-        log_prob = (x - maximum) * scale - log_sum
-        tl.store(log_probs + row * K + k, tl.where(live, log_prob, 0.0), mask=k < K)
+    k = tl.arange(0, BLOCK_K)
+    _store_entries(
+        row_logits, row, live, column, k, maximum, log_sum, gathered, log_probs, vocab, scale, K
+    )
+    for start in range(BLOCK_K, K, BLOCK_K):
+        column = tl.load(ids + row * K + start + k, mask=start + k < K, other=-1)
+        _store_entries(
+            row_logits, row, live, column, start + k, maximum, log_sum, gathered, log_probs, vocab,
+            scale, K,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -117,10 +135,11 @@ def _scan(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     ALIGNED: tl.constexpr,  # every row starts on a 16-byte boundary
+    LOADS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    TILE: tl.constexpr = LANES * VECTOR
+    TILE: tl.constexpr = LOADS * LANES * VECTOR
     WITH_ENTROPY: tl.constexpr = entropy_out is not None
     LOG2_E_: tl.constexpr = LOG2_E
     row = (tl.program_id(0) // SPLITS).to(tl.int64)
@@ -134,14 +153,16 @@ def _scan(
     if not ALIGNED:
         shift = (offset % VECTOR).to(tl.int32)
     aligned = tl.multiple_of(offset - shift, VECTOR)
-    lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    pointers = logits + aligned + lane
+    word = words(LANES, VECTOR)
+    pointers = logits + aligned + word
+    # The ids are under way while the row is read.
+    k = tl.arange(0, BLOCK_K)
+    column = tl.load(ids + row * K + k, mask=k < K, other=-1)
 
     full = (vocab + shift) // TILE  # tiles [0, full) end inside the row
     tiles = (vocab + shift + TILE - 1) // TILE
-    share = (tiles + SPLITS - 1) // SPLITS
-    first = split * share
-    last = tl.minimum(first + share, tiles)
+    first = split * tiles // SPLITS
+    last = (split + 1) * tiles // SPLITS
     last = tl.where(live, last, first)
 
     scale_log2 = scale * LOG2_E_
@@ -151,24 +172,27 @@ def _scan(
     begin = first
     if not ALIGNED:
         if (first == 0) & (last > 0):
-            inside = (lane >= shift) & (lane < vocab + shift)
-            x = tl.load(pointers, mask=inside, other=-float("inf")).to(tl.float32)
+            xs = load_lanes(pointers, word, shift, vocab + shift, LOADS, True)
             maximum, total, moment = _accumulate(
-                x, maximum, total, moment, scale_log2, WITH_ENTROPY
+                xs, maximum, total, moment, scale_log2, WITH_ENTROPY, LOADS
             )
         begin = tl.maximum(first, 1)
     for tile in range(begin, tl.minimum(last, full)):
-        x = tl.load(pointers + tile * TILE).to(tl.float32)
-        maximum, total, moment = _accumulate(x, maximum, total, moment, scale_log2, WITH_ENTROPY)
+        xs = load_lanes(pointers + tile * TILE, word, 0, TILE, LOADS, False)
+        maximum, total, moment = _accumulate(
+            xs, maximum, total, moment, scale_log2, WITH_ENTROPY, LOADS
+        )
     if (full >= begin) & (full < last):
-        inside = lane < vocab + shift - full * TILE
-        x = tl.load(pointers + full * TILE, mask=inside, other=-float("inf")).to(tl.float32)
-        maximum, total, moment = _accumulate(x, maximum, total, moment, scale_log2, WITH_ENTROPY)
+        rest = vocab + shift - full * TILE
+        xs = load_lanes(pointers + full * TILE, word, 0, rest, LOADS, True)
+        maximum, total, moment = _accumulate(
+            xs, maximum, total, moment, scale_log2, WITH_ENTROPY, LOADS
+        )
     top, row_total, row_moment = _reduce(maximum, total, moment, scale_log2)
     if SPLITS == 1:
         _finish(
-            logits + offset, row, live, top, row_total, row_moment, ids, gathered, log_probs,
-            maximum_out, log_sum_out, entropy_out, vocab, scale, K, BLOCK_K,
+            logits + offset, row, live, column, top, row_total, row_moment, ids, gathered,
+            log_probs, maximum_out, log_sum_out, entropy_out, vocab, scale, K, BLOCK_K,
         )  # fmt: skip
     else:
         tl.store(partials + row * SPLITS + split, top)
@@ -203,21 +227,26 @@ def _combine(
     live = True
     if valid is not None:
         live = tl.load(valid + row) != 0
+    k = tl.arange(0, BLOCK_K)
+    column = tl.load(ids + row * K + k, mask=k < K, other=-1)
     split = tl.arange(0, SPLITS)
     maximum = tl.load(partials + row * SPLITS + split)
     total = tl.load(partials + (row + n_rows) * SPLITS + split)
     moment = tl.load(partials + (row + 2 * n_rows) * SPLITS + split)
     top, row_total, row_moment = _reduce(maximum, total, moment, scale * LOG2_E_)
     _finish(
-        logits + offset, row, live, top, row_total, row_moment, ids, gathered, log_probs,
+        logits + offset, row, live, column, top, row_total, row_moment, ids, gathered, log_probs,
         maximum_out, log_sum_out, entropy_out, vocab, scale, K, BLOCK_K,
     )  # fmt: skip
 
 
-def _splits(rows: int, tiles: int, device: torch.device) -> int:
-    """Programs per row: one where the rows alone fill the device, else a power of two."""
-    wanted = triton.cdiv(programs_wanted(device), max(rows, 1))
-    return min(triton.next_power_of_2(wanted), triton.next_power_of_2(tiles), 64)
+def _splits(rows: int, tiles: int, at_once: int) -> int:
+    """Programs per row, a power of two: one where the rows alone fill the device WAVES times.
+
+    A program has two tiles at least, unless a row has but one.
+    """
+    wanted = ceil_div(WAVES * at_once, max(rows, 1))
+    return min(power_of_2(wanted), 1 << max(tiles // 2, 1).bit_length() - 1, 64)
 
 
 def scan(
@@ -235,9 +264,10 @@ def scan(
     _, length, vocab = logits.shape
     rows, k = ids.shape
     vector = vector_width(logits)
-    lanes = min(LANES, triton.next_power_of_2(triton.cdiv(vocab, vector)))
-    tiles = triton.cdiv(vocab, lanes * vector)
-    splits = _splits(rows, tiles, logits.device)
+    warps, loads = next(tile[1:] for tile in TILES if vocab <= tile[0])
+    tile = lanes(vocab, vector, warps, loads)
+    tiles = ceil_div(vocab, tile["LOADS"] * tile["LANES"] * vector)
+    splits = _splits(rows, tiles, programs_wanted(logits.device))
     new = dict(dtype=torch.float32, device=logits.device)
     gathered, log_probs = torch.empty(rows, k, **new), torch.empty(rows, k, **new)
     maximum, log_sum = torch.empty(rows, **new), torch.empty(rows, **new)
@@ -249,9 +279,9 @@ def scan(
             gathered, log_probs, maximum, log_sum, entropy if with_entropy else None, partials,
             *logits.stride()[:2], rows, length, vocab, scale,
         )  # fmt: skip
-        options = dict(K=k, BLOCK_K=min(triton.next_power_of_2(k), 256), SPLITS=splits)
-        tile = dict(ALIGNED=is_aligned(logits, vector), LANES=lanes, VECTOR=vector)
-        _scan[(rows * splits,)](*arguments, **options, **tile, num_warps=NUM_WARPS)
+        options = dict(K=k, BLOCK_K=min(power_of_2(k), 256), SPLITS=splits)
+        tile["ALIGNED"] = is_aligned(logits, vector)
+        launch(_scan, (rows * splits,), *arguments, **options, **tile, num_warps=warps)
         if splits > 1:
-            _combine[(rows,)](*arguments, **options, num_warps=1)
+            launch(_combine, (rows,), *arguments, **options, num_warps=1)
     return gathered, log_probs, maximum, log_sum, entropy

@@ -1,4 +1,4 @@
-"""`topk_rows`: divergence of student and teacher over K listed words, and its slope.
+"""`topk_support`: which listed words count. `topk_rows`: divergence over them, and its slope.
 
 With log p and log q of the listed words (both softmaxed over the list where it is "renormalized"),
 and a mixture m = beta q + (1 - beta) p,
@@ -6,15 +6,17 @@ and a mixture m = beta q + (1 - beta) p,
     reverse  L = sum p (log p - log q)                              g = p (log p - log q)
     forward  L = sum q (log q - log p)                              g = -q
     jsd      L = sum beta q log(q / m) + (1 - beta) p log(p / m)    g = (1 - beta) p log(p / m)
+    mixed    L = beta forward + (1 - beta) reverse                  g = as L
 
-where g = p dL/dp up to a constant. "tail" adds a bucket with the rest of either mass. The slope in
-the scores is then
+where g = p dL/dp up to a constant. At beta 0 and 1 the jsd stands for what it tends to when divided
+by beta (forward) and 1 - beta (reverse), as in TRL. "tail" adds a bucket with the rest of either
+mass. The slope in the scores is then
 
     renormalized  g - p sum(g)        in the logits: they reach L through a softmax over the list
-    truncated     g (reverse: g + p)  in the log-probs
+    truncated     g + c p       in the log-probs, c: what was left out of g
     tail          g - p h             in the log-probs, h = dL/dp of the bucket, 1 - sum p
 
-Row data: one launch, O(N K) bytes.
+A word listed twice counts once, where it stands first. Row data: one launch each, O(N K) bytes.
 """
 
 import torch
@@ -22,9 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import TINY
+from .common import TINY, ceil_div, power_of_2
+from .launch import launch
+
+MISSING = tl.constexpr(-1)  # the id of no word
 
 ELEMENTS = 2048  # of a program's tile
+PAIRS = 2048  # of entries that a program compares at a time
 LONGEST = 4096  # words a list
 
 
@@ -61,21 +67,100 @@ def _log_softmax(x, present):
 
 
 @triton.jit
-def _terms(log_p, log_q, p, q, BETA: tl.constexpr, DIRECTION: tl.constexpr):
+def _terms(log_p, log_q, p, q, beta, rest, DIRECTION: tl.constexpr):
     """Each word's share of L, and its g."""
+    tl.static_assert(
+        DIRECTION == "reverse" or DIRECTION == "forward" or DIRECTION == "jsd"
+        or DIRECTION == "mixed", "unknown direction",
+    )  # fmt: skip
     if DIRECTION == "reverse":
         value = _kl_term(p, log_p, log_q)
         g = value
     elif DIRECTION == "forward":
         value = _kl_term(q, log_q, log_p)
         g = -q
+    elif DIRECTION == "mixed":
+        g = rest * _kl_term(p, log_p, log_q)
+        value = beta * _kl_term(q, log_q, log_p) + g
+        g -= beta * q
     else:
         TINY_: tl.constexpr = TINY
-        m = BETA * q + (1.0 - BETA) * p
+        m = beta * q + rest * p
         log_m = tl.log(tl.where(m < TINY_, TINY_, m))  # keeps NaN
-        g = (1.0 - BETA) * _xlogy(p, log_p - log_m)
-        value = BETA * _xlogy(q, log_q - log_m) + g
+        g = rest * _xlogy(p, log_p - log_m)
+        value = beta * _xlogy(q, log_q - log_m) + g
     return value, g
+
+
+@triton.jit
+def _whole(g, p, rest, DIRECTION: tl.constexpr):
+    """p dL/dp: g with its constant, which cancels wherever p sums to one."""
+    if DIRECTION == "reverse":
+        g += p
+    elif DIRECTION == "mixed":
+        g += rest * p
+    return g
+
+
+@triton.jit
+def _topk_support(
+    ids,  # [N, K] int32 or int64
+    teacher,  # [N, K] float32
+    valid,  # [N] uint8
+    present,  # [N, K] uint8 out: listed, with mass, and not listed before
+    supported,  # [N] uint8 out: valid, and something is present
+    parts,  # [2, programs] float32 out, see `_sum_counts`; [2] where one program has all rows
+    n_rows,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BEFORE: tl.constexpr,  # entries that are compared with all others at a time
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)[None, :]
+    inside = row < n_rows
+    live = tl.load(valid + row, mask=inside, other=0) != 0
+    start = row.to(tl.int64)[:, None] * K
+    listed = (k < K) & inside[:, None]
+    id = tl.load(ids + start + k, mask=listed, other=MISSING)
+    log_q = tl.load(teacher + start + k, mask=listed, other=-float("inf"))
+    here = listed & (id != MISSING) & (log_q != -float("inf"))
+    repeats = tl.zeros([ROWS, BLOCK_K], tl.int32)
+    for at in range(0, K, BEFORE):
+        j = at + tl.arange(0, BEFORE)[None, :]
+        inside_too = (j < K) & inside[:, None]
+        other = tl.load(ids + start + j, mask=inside_too, other=MISSING)
+        mass = tl.load(teacher + start + j, mask=inside_too, other=-float("inf"))
+        counts = (other != MISSING) & (mass != -float("inf"))
+        same = (id[:, :, None] == other[:, None, :]) & (j[:, None, :] < k[:, :, None])
+        repeats = tl.maximum(repeats, tl.max((same & counts[:, None, :]).to(tl.int32), 2))
+    twice = here & (repeats != 0)
+    here = here & (repeats == 0)
+    some = tl.max(here.to(tl.int32), 1) != 0
+    tl.store(present + start + k, here.to(tl.uint8), mask=listed)
+    tl.store(supported + row, (live & some).to(tl.uint8), mask=inside)
+    program = tl.program_id(0)
+    without = tl.sum((live & (some == 0)).to(tl.int32), 0)
+    tl.store(parts + program, without.to(tl.float32))
+    doubled = tl.sum(tl.sum((twice & live[:, None]).to(tl.int32), 1), 0)
+    tl.store(parts + tl.num_programs(0) + program, doubled.to(tl.float32))
+
+
+@triton.jit
+def _sum_counts(
+    parts,  # [2, programs] float32: valid rows without support, duplicate entries in valid rows
+    counts,  # [2] float32 out
+    programs,
+    WIDTH: tl.constexpr,
+):
+    lane = tl.arange(0, WIDTH)
+    for which in tl.static_range(2):
+        total = tl.zeros([WIDTH], tl.int32)
+        for at in range(0, programs, WIDTH):
+            inside = at + lane < programs
+            x = tl.load(parts + which * programs + at + lane, mask=inside, other=0.0)
+            total += x.to(tl.int32)
+        tl.store(counts + which, tl.sum(total, 0).to(tl.float32))
 
 
 @triton.jit
@@ -88,13 +173,17 @@ def _topk_rows(
     rows_out,  # [4, N] float32: loss, student mass, teacher mass, overlap
     slope_out,  # [N, K] float32
     n_rows,
+    beta,
+    rest,  # 1 - beta
     K: tl.constexpr,
-    DIRECTION: tl.constexpr,  # "reverse", "forward", "jsd"
+    DIRECTION: tl.constexpr,  # "reverse", "forward", "jsd", "mixed"
     SUPPORT: tl.constexpr,  # "renormalized", "truncated", "tail"
-    BETA: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    tl.static_assert(
+        SUPPORT == "renormalized" or SUPPORT == "truncated" or SUPPORT == "tail", "unknown support"
+    )
     EPS: tl.constexpr = 1.1920929e-7
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)[None, :]
@@ -118,34 +207,63 @@ def _topk_rows(
     q = tl.where(here, tl.exp(log_q), 0.0)
     log_p = tl.where(here, log_p, 0.0)
     log_q = tl.where(here, log_q, 0.0)
-    value, g = _terms(log_p, log_q, p, q, BETA, DIRECTION)
+    value, g = _terms(log_p, log_q, p, q, beta, rest, DIRECTION)
     loss = tl.sum(value, 1)
     overlap = tl.sum(_smaller(p, q), 1)
     if SUPPORT == "renormalized":
         slope = g - p * tl.sum(g, 1)[:, None]
     elif SUPPORT == "truncated":
-        slope = g
-        if DIRECTION == "reverse":
-            slope = g + p
+        slope = _whole(g, p, rest, DIRECTION)
     else:
-        rest = 1.0 - tl.sum(p, 1)
-        rest_q = 1.0 - tl.sum(q, 1)
-        p_tail = tl.where(rest < EPS, EPS, rest)  # keeps NaN
-        q_tail = tl.where(rest_q < EPS, EPS, rest_q)
-        tail, g_tail = _terms(tl.log(p_tail), tl.log(q_tail), p_tail, q_tail, BETA, DIRECTION)
+        left = 1.0 - tl.sum(p, 1)
+        left_q = 1.0 - tl.sum(q, 1)
+        p_tail = tl.where(left < EPS, EPS, left)  # keeps NaN
+        q_tail = tl.where(left_q < EPS, EPS, left_q)
+        tail, g_tail = _terms(tl.log(p_tail), tl.log(q_tail), p_tail, q_tail, beta, rest, DIRECTION)
         loss += tail
         overlap += _smaller(p_tail, q_tail)
-        slope = g
-        if DIRECTION == "reverse":
-            slope = g + p  # the constant counts where the bucket's mass is held at EPS
-            g_tail += p_tail
-        slope -= tl.where(rest < EPS, 0.0, g_tail / p_tail)[:, None] * p
+        slope = _whole(g, p, rest, DIRECTION)  # counts where the bucket is held at EPS
+        g_tail = _whole(g_tail, p_tail, rest, DIRECTION)
+        slope -= tl.where(left < EPS, 0.0, g_tail / p_tail)[:, None] * p
     tl.store(rows_out + row, tl.where(live, loss, 0.0), mask=inside)
     tl.store(rows_out + n_rows + row, tl.where(live, student_mass, 0.0), mask=inside)
     tl.store(rows_out + 2 * n_rows + row, tl.where(live, teacher_mass, 0.0), mask=inside)
     tl.store(rows_out + 3 * n_rows + row, tl.where(live, overlap, 0.0), mask=inside)
     slope = tl.where(here, slope, 0.0)
     tl.store(slope_out + place, slope, mask=(k < K) & inside[:, None])
+
+
+def topk_support(
+    ids: Tensor,  # [N, K] int32 or int64
+    teacher: Tensor,  # [N, K] float32
+    valid: Tensor,  # [N] bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (present [N, K] bool, supported [N] bool, counts [2] float32).
+
+    counts: valid rows without support, duplicate entries in valid rows. At most LONGEST entries.
+    """
+    n_rows, k = ids.shape
+    block_k = power_of_2(k)
+    before = max(1, min(16, block_k, PAIRS // block_k))
+    per_program = max(1, PAIRS // (block_k * before))
+    programs = ceil_div(n_rows, per_program)
+    warps = 4 if block_k <= 1024 else 16
+    flags = torch.empty(n_rows * (k + 1), dtype=torch.bool, device=ids.device)
+    counts = torch.empty(2 + 2 * programs, dtype=torch.float32, device=ids.device)
+    present, supported = flags.split_with_sizes([n_rows * k, n_rows])
+    if programs > 1:
+        counts, parts = counts.split_with_sizes([2, 2 * programs])
+    else:
+        counts = parts = counts[:2] if n_rows else counts.zero_()
+    if n_rows:
+        launch(
+            _topk_support, (programs,), ids, teacher, valid.view(torch.uint8),
+            present.view(torch.uint8), supported.view(torch.uint8), parts, n_rows,
+            K=k, ROWS=per_program, BLOCK_K=block_k, BEFORE=before, num_warps=warps,
+        )  # fmt: skip
+    if programs > 1:
+        launch(_sum_counts, (1,), parts, counts, programs, WIDTH=1024, num_warps=4)
+    return present.view(n_rows, k), supported, counts
 
 
 def topk_rows(
@@ -160,14 +278,18 @@ def topk_rows(
 ) -> tuple[Tensor, Tensor]:
     """Return (rows [4, N]: loss, student mass, teacher mass, overlap; slope [N, K]), float32."""
     n_rows, k = scores.shape
-    rows = torch.empty(4, n_rows, dtype=torch.float32, device=scores.device)
-    slope = torch.empty(n_rows, k, dtype=torch.float32, device=scores.device)
-    block_k = triton.next_power_of_2(k)
+    memory = torch.empty(n_rows * (4 + k), dtype=torch.float32, device=scores.device)
+    rows, slope = memory.split_with_sizes([4 * n_rows, n_rows * k])
+    rows, slope = rows.view(4, n_rows), slope.view(n_rows, k)
+    if direction in ("jsd", "mixed") and beta in (0, 1):
+        direction = "forward" if (beta == 0) == (direction == "jsd") else "reverse"
+    block_k = power_of_2(k)
     per_program = max(1, ELEMENTS // block_k)
     if n_rows:
-        _topk_rows[(triton.cdiv(n_rows, per_program),)](
+        launch(
+            _topk_rows, (ceil_div(n_rows, per_program),),
             scores, log_probs, teacher, present.view(torch.uint8), valid.view(torch.uint8),
-            rows, slope, n_rows, K=k, DIRECTION=direction, SUPPORT=support, BETA=beta,
+            rows, slope, n_rows, float(beta), 1.0 - beta, K=k, DIRECTION=direction, SUPPORT=support,
             ROWS=per_program, BLOCK_K=block_k, num_warps=4,
         )  # fmt: skip
     return rows, slope

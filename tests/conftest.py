@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from importlib.util import find_spec
 
 import pytest
@@ -51,9 +51,9 @@ def kernels_on_cpu() -> Iterator[torch.device]:
         return
     if KERNELS == "off":
         pytest.skip("no GPU, and DRIFT_GATE_KERNELS=off")
-    with ExitStack() as stack:
-        for context in (_checked_kernels(), _dispatch_to_triton()):
-            stack.enter_context(context)
+    from drift_gate.passes.backends import triton_on_cpu
+
+    with _checked_kernels(), triton_on_cpu():
         yield torch.device("cpu")
 
 
@@ -72,14 +72,3 @@ def _checked_kernels() -> AbstractContextManager[object]:
     except ImportError as missing:
         pytest.skip(f"no GPU, and no ttsem ({missing}); DRIFT_GATE_KERNELS=interpret needs neither")
     return ttsem_session.run_kernels_on_cpu()
-
-
-def _dispatch_to_triton() -> AbstractContextManager[object]:
-    """Let the package take its Triton path for CPU tensors."""
-    try:
-        from drift_gate.backends import triton_on_cpu
-    except ModuleNotFoundError as missing:
-        if (missing.name or "").split(".")[0] != "drift_gate":
-            raise
-        return nullcontext()
-    return triton_on_cpu()

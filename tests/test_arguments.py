@@ -8,7 +8,15 @@ import pytest
 import torch
 from support.problems import draw
 
-from drift_gate import DriftGate, gate_weights, gather_lse, opd_loss, token_log_probs
+from drift_gate import (
+    Clip,
+    DriftGate,
+    Reduction,
+    gate_weights,
+    gather_lse,
+    opd_loss,
+    token_log_probs,
+)
 
 SPAN = DriftGate("span")
 BORDERS = torch.tensor([0, 5])
@@ -34,7 +42,8 @@ BAD = [
     ({"cu_seqlens": BORDERS}, ValueError, "labels must be packed"),
     ({"cu_seqlens": BORDERS[:1]}, ValueError, r"cu_seqlens must be \[B \+ 1\]"),
     ({"gate": SPAN, "span_ids": torch.ones(5).long()}, ValueError, "span_ids must have the shape"),
-    ({"batch_num_tokens": torch.ones(2)}, ValueError, "batch_num_tokens must be one number"),
+    ({"reduction": Reduction(batch_num_tokens=torch.ones(2))}, ValueError,
+     "reduction.batch_num_tokens must be one number"),
     # memory layout
     ({"logits": torch.rand(2, 7, 5).mT}, ValueError, "contiguous in their last dimension.*copies"),
     # types
@@ -42,40 +51,43 @@ BAD = [
     ({"logits": torch.ones(2, 5, 7).int()}, TypeError, "logits must be a floating-point tensor"),
     ({"labels": torch.rand(2, 5)}, TypeError, "labels must be int64 or int32; got torch.float32"),
     ({"old_log_probs": torch.ones(2, 5).int()}, TypeError, "old_log_probs must be a floating"),
-    ({"teacher_log_probs": None}, TypeError, "teacher_log_probs must be a torch.Tensor"),
+    ({"teacher_log_probs": [0.0]}, TypeError, "teacher_log_probs must be a torch.Tensor"),
     ({"response_mask": True}, TypeError, "response_mask must be a torch.Tensor"),
     ({"cu_seqlens": [0, 5]}, TypeError, "cu_seqlens must be a torch.Tensor; got list"),
     ({"gate": SPAN, "span_ids": torch.rand(2, 5)}, TypeError, "span_ids must be int64 or int32"),
-    ({"gate": "block"}, TypeError, "gate must be a DriftGate; got str"),
+    ({"gate": "block"}, TypeError, "gate must be a DriftGate, .*; got str"),
     ({"temperature": "1"}, TypeError, "temperature must be a number; got str"),
-    ({"batch_num_tokens": "8"}, TypeError, "batch_num_tokens must be a number"),
+    ({"reduction": Reduction(batch_num_tokens="8")}, TypeError,
+     "reduction.batch_num_tokens must be a number"),
     # options
     ({"estimator": "k4"}, ValueError, "estimator must be one of ppo, .*; got 'k4'"),
-    ({"loss_agg_mode": "mean"}, ValueError, "loss_agg_mode must be one of token-mean, .*'mean'"),
+    ({"reduction": "mean"}, ValueError, "reduction.mode must be one of token-mean, .*'mean'"),
     ({"backend": "cuda"}, ValueError, "backend must be one of auto, .*; got 'cuda'"),
     ({"backend": "triton"}, ValueError, 'backend "triton" needs tensors on a CUDA device; got cpu'),
     ({"temperature": 0}, ValueError, "temperature must be finite and greater than 0; got 0"),
     ({"temperature": math.nan}, ValueError, "temperature must be finite"),
-    ({"clip_ratio_low": -0.1}, ValueError, "clip_ratio_low must be finite and at least 0"),
-    ({"clip_ratio_high": math.inf}, ValueError, "clip_ratio_high must be finite"),
-    ({"clip_ratio_c": 1.0}, ValueError, "clip_ratio_c must be finite and greater than 1"),
-    ({"advantage_clip": 0}, ValueError, "advantage_clip must be finite and greater than 0"),
-    ({"dp_size": 0}, ValueError, "dp_size must be finite and greater than 0"),
-    ({"dp_size": 2}, ValueError, "batch_num_tokens must be given where dp_size > 1"),
-    (
-        {"dp_size": 2, "loss_agg_mode": "seq-mean-token-sum"},
-        ValueError,
-        "global_batch_size must be given where dp_size > 1",
-    ),
+    ({"clip": Clip(low=-0.1)}, ValueError, "clip.low must be finite and at least 0"),
+    ({"clip": Clip(high=math.inf)}, ValueError, "clip.high must be finite"),
+    ({"clip": Clip(dual=1.0)}, ValueError, "clip.dual must be finite and greater than 1"),
+    ({"clip": Clip(advantage=0)}, ValueError, "clip.advantage must be finite and greater than 0"),
+    ({"reduction": Reduction(dp_size=0)}, ValueError,
+     "reduction.dp_size must be finite and greater than 0"),
+    ({"reduction": Reduction(dp_size=2)}, ValueError,
+     "reduction.batch_num_tokens must be given where .*dp_size > 1"),
+    ({"reduction": Reduction("seq-mean-token-sum", dp_size=2)}, ValueError,
+     "reduction.global_batch_size must be given where .*dp_size > 1"),
     # combinations
     ({"old_log_probs": None}, ValueError, "old_log_probs must be a tensor where a gate is used"),
-    ({"old_log_probs": None, "gate": None}, ValueError, "with estimator 'ppo'; got None"),
+    ({"teacher_log_probs": None}, ValueError,
+     "teacher_log_probs must be a tensor where no advantages are given; got None"),
+    ({"teacher_log_prob_min": -9.0, "advantages": torch.rand(2, 5)}, ValueError,
+     "teacher_log_prob_min goes with teacher_log_probs; got advantages as well"),
     ({"gate": SPAN}, ValueError, "span_ids must be given with gate granularity"),
     ({"span_ids": torch.ones(2, 5).long()}, ValueError, "span_ids are used with gate granularity"),
     # values, on the CPU
     ({"labels": torch.full((2, 5), 7)}, ValueError, r"labels must lie in \[0, 7\).*got 7 at"),
     ({"labels": torch.full((2, 5), -1)}, ValueError, r"ignore_index \(-100\); got -1 at index"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD, ids=range(len(BAD)))
@@ -90,8 +102,8 @@ def test_packed_batches():
         with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 10"):
             opd_loss(*problem.arguments(), cu_seqlens=torch.tensor(borders))
     borders = torch.tensor([0, 4, 10])
-    with pytest.raises(ValueError, match="loss_scale_factor must be given"):
-        opd_loss(*problem.arguments(), cu_seqlens=borders, loss_agg_mode="seq-mean-token-sum-norm")
+    with pytest.raises(ValueError, match="reduction.loss_scale_factor must be given"):
+        opd_loss(*problem.arguments(), cu_seqlens=borders, reduction="seq-mean-token-sum-norm")
     expected = opd_loss(*problem.arguments(), cu_seqlens=borders).loss
     one_row = [x[None] for x in problem.arguments()]  # as verl packs: [1, N]
     assert torch.equal(opd_loss(*one_row, cu_seqlens=borders).loss, expected)

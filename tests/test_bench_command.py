@@ -15,21 +15,22 @@ import pytest
 import torch
 from drift_gate.bench import command, floors, profile_loss, record, sweep
 from drift_gate.bench.harness import load_suite
+from drift_gate.bench.internals import HAS_TRITON
 from typer.testing import CliRunner
 
 from drift_gate import cli
-from drift_gate.backends import has_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_every_suite_has_the_baseline_first_and_no_name_twice():
-    assert len(command.suite_names()) == 12
+    assert len(command.suite_names()) == 13
     for name in command.suite_names():
         suite = load_suite(name)
         names = [i.name for i in suite.implementations]
-        assert suite.name == name and names[0] == "eager" and "drift_gate" in names
-        assert len(names) == len(set(names))
+        assert suite.name == name and len(names) == len(set(names))
+        if name != "host":  # whose unit is another, and whose functions are all this package's
+            assert names[0] == "eager" and "drift_gate" in names
 
 
 @pytest.mark.slow
@@ -141,18 +142,25 @@ def test_a_search_follows_the_best_of_each_axis():
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="a bash script")
 def test_the_gpu_script(tmp_path):
-    """Its syntax; and two stages, dry: every pass once, and the profile of one."""
+    """Its syntax; and some parts, dry: rows of a loss, host times, every pass once, a profile."""
     script = ROOT / "bench" / "gpu.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
-    environment = os.environ | {"DRY": "1", "STAGES": "sanitizer profile", "PYTHON": sys.executable}
+    parts = {"PARTS": "targets host sweep profile", "PYTHON": sys.executable}
     done = subprocess.run(
-        ["bash", str(script), str(tmp_path)], env=environment, capture_output=True, text=True
-    )
+        ["bash", str(script), "--dry", str(tmp_path)], env=os.environ | parts,
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert torch.__version__ in (tmp_path / "machine.txt").read_text()
-    if has_triton():
-        stages = (tmp_path / "stages.txt").read_text()
-        assert "small_shapes: done" in stages and "profile: done" in stages
-        passes = json.loads((tmp_path / "small_shapes.json").read_text())["results"]
+    said = (tmp_path / "gpu.txt").read_text()
+    assert torch.__version__ in said and "targets: done" in said and "host: done" in said
+    suites = {
+        r.suite for name in ("targets", "host") for r in record.read(tmp_path / f"{name}.json")
+    }
+    assert suites == {"rows", "topk_loss", "host"}
+    if HAS_TRITON:
+        assert "sweep: done" in said and "profile: done" in said
+        passes = json.loads((tmp_path / "sweep.json").read_text())["results"]
         assert len({r["pass"] for r in passes if r["seconds"] > 0}) == 8
         assert "scan" in (tmp_path / "profile.txt").read_text()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) <= 8 and all(path.parent == tmp_path for path in files)

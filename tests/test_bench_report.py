@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
-from drift_gate.bench import compare, growth, record, targets
+from drift_gate.bench import (
+    compare,
+    growth,
+    readme_table,
+    record,
+    report,
+    summary,
+    targets,
+    verdict,
+)
+from drift_gate.bench.harness import load_suite
 from drift_gate.bench.record import Result
+from rich.console import Console
 from typer.testing import CliRunner
 
 from drift_gate import cli
@@ -59,7 +71,7 @@ def test_rows_of_the_readme():
     row = next(target for target in targets.CPU if target.implementation == targets.INPLACE)
 
     def line(*results: Result) -> str:
-        return targets.line(row, list(results), targets.cpu_time, gpu=False)
+        return targets.line(row, list(results), gpu=False)
 
     eager = made_up(10.0, implementation="eager", extra_bytes=1000)
     assert "not measured" in line(eager)
@@ -85,10 +97,100 @@ def test_a_row_beside_another_implementation_than_the_eager_loss():
         dataclasses.replace(made_up(s, row.suite, implementation=name), case=case)
         for s, name in ((1.5, "drift_gate"), (3.0, "eager"), (2.0, targets.COMPILED))
     )
-    text = targets.line(row, [ours, eager, compiled], targets.cpu_time, gpu=False)
+    text = targets.line(row, [ours, eager, compiled], gpu=False)
     assert "0.75 x torch.compile of eager (0.75 to 0.75), 1650 ms" in text and "100.0%" in text
     once = dataclasses.replace(compiled, one_call=True, seconds=[[2.0]])
-    assert "not measured" in targets.line(row, [ours, eager, once], targets.cpu_time, gpu=False)
+    assert "not measured" in targets.line(row, [ours, eager, once], gpu=False)
+
+
+def on_gpu(row: targets.Target, seconds: float, **fields: Any) -> Result:
+    result = made_up(seconds, row.suite, **fields)
+    machine = result.machine | {"cuda": "13.0"}
+    return dataclasses.replace(result, case=row.case._asdict(), machine=machine)
+
+
+def test_a_gpu_s_row_has_the_time_of_the_device_and_of_the_call():
+    row = next(target for target in targets.GPU if target.kind == "live")
+    floor = load_suite(row.suite).floor(row.case).bytes / 1e9  # seconds, at a gigabyte a second
+    ours = on_gpu(row, floor, live_rows=8192, device_seconds=[floor, 1.02 * floor, 1.04 * floor])
+    text = targets.line(row, [ours], gpu=True)
+    assert "| 1.02 x floor, " in text and "| 1.1 x floor, " in text  # made_up's median is 1.1
+    assert "(missed)" in text  # a call may take 1.08
+    # With half the rows live there is less to move: 2.5 instead of 3 passes over the logits.
+    half = dataclasses.replace(ours, live_rows=4096)
+    assert "| 1.22 x floor, " in targets.line(row, [half], gpu=True)
+    # Results of earlier versions do not say how many rows are live, and have no ratio.
+    old = dataclasses.replace(ours, live_rows=None, device_seconds=[])
+    assert f"| - | {1100 * floor:.4g} ms |" in targets.line(row, [old], gpu=True)
+
+
+def test_a_row_beside_bare_products_and_one_with_two_limits():
+    row = next(target for target in targets.GPU if target.instead)
+    gemms = on_gpu(row, 1.0, implementation=targets.GEMMS, device_seconds=[1.0])
+
+    def line(device: float, gib: float) -> str:
+        extra = round(gib * targets.GIB)
+        given = dict(implementation="drift_gate", extra_bytes=extra, device_seconds=[device])
+        return targets.line(row, [gemms, on_gpu(row, 1.0, **given)], gpu=True)
+
+    assert "| 1.05 x 3 GEMMs, 1050 ms | 1 x 3 GEMMs, " in line(1.05, 4.0)
+    for device, gib, missed in ((1.05, 4.0, False), (1.05, 5.0, True), (1.12, 2.0, False)):
+        assert ("missed" in line(device, gib)) == missed
+    assert "missed" in line(1.12, 4.0)  # too slow for the one, too large for the other
+
+
+def test_who_is_wrong_has_no_time():
+    """Held to the eager loss's error; without one, to being finite."""
+
+    def off(error: float, **fields: Any) -> Result:
+        return made_up(1.0, errors={"grad": dict(max=error, rms=error, scale=1e-2)}, **fields)
+
+    eager = off(1e-5, implementation="eager")
+    near, far = off(9e-5, implementation="near"), off(2e-4, implementation="far")
+    ours = off(9e-5)  # what a peer may, this package may not
+    nan = off(float("nan"), implementation="nan")
+    results = [eager, near, far, ours, nan]
+    found = verdict.verdicts(results)
+    assert set(found) == {id(far), id(ours), id(nan)}
+    assert found[id(nan)] == "grad is not finite" and "is off by 2.0e-04" in found[id(far)]
+    assert verdict.sound(results) == [eager, near]
+    assert set(verdict.verdicts([far, nan])) == {id(nan)}
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(next(report.tables(results, 120)))
+    text = captured.get()
+    assert text.count("wrong") == 6 and "wrong: far: grad is off by" in text
+    assert text.count("1.1 s") == 2 and "far" in "\n".join(summary.lines(results))
+
+
+def test_a_table_says_how_many_rows_are_live_and_what_the_device_took():
+    console = Console(width=120)
+    results = [made_up(1.0, live_rows=2048, device_seconds=[0.25])]
+    with console.capture() as captured:
+        console.print(next(report.tables(results, 120)))
+    text = captured.get()
+    assert "50.0% of the rows live" in text and "device" in text and "250 ms" in text
+    assert "50.0% of rows live" in summary.lines(results)[1]
+
+
+def test_results_of_a_folder_come_by_date_and_sweeps_are_passed_over(tmp_path):
+    folder = tmp_path / "a-gpu"
+    days = {"2026-12-01_later.json": "2026-12-01", "early.json": "2026-11-26"}
+    for name, date in days.items():
+        one = made_up(1.0)
+        record.write(
+            folder / name, [dataclasses.replace(one, machine=one.machine | {"date": date})]
+        )
+    (folder / "sweep.json").write_text(json.dumps({"machine": {}, "results": [{"pass": "scan"}]}))
+    assert [r.machine["date"] for r in record.read(tmp_path)] == ["2026-11-26", "2026-12-01"]
+
+
+def test_committed_results_fill_the_rows_of_the_readme():
+    """Those of a GPU too, which an earlier version measured."""
+    text = readme_table.figures(record.read(readme_table.RESULTS))
+    gpu, cpu = text.split("Targets on a CPU")
+    assert "NVIDIA H200" in gpu and "3 GEMMs" in gpu and gpu.count(" ms") > 10
+    assert "x eager" in cpu
 
 
 def test_growth_of_the_cost():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from typing import Any
@@ -190,3 +191,19 @@ def test_schema_of_a_result(measured, tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match="no benchmark results of schema"):
         record.read(path)
+
+
+def test_the_device_is_timed_beside_the_products_and_of_the_others_at_once(monkeypatch, measured):
+    """A graph holds memory: those of peers are gone before the rounds begin."""
+    monkeypatch.setattr(harness.device_time, "timer", lambda *run: (lambda: 0.5, "graph"))
+    timers: dict[str, Any] = {}
+    for name in ("drift_gate, in place", "bare GEMMs", "a peer"):
+        result = dataclasses.replace(measured["eager"], implementation=name, device_seconds=[])
+        harness._time_device(result, (lambda: None, lambda: None), timers, CPU)
+        at_once = [0.5] * harness.DEVICE_SAMPLES if name == "a peer" else []
+        assert result.device_seconds == at_once and result.device_by == "graph"
+    assert list(timers) == ["drift_gate, in place", "bare GEMMs"]
+    result = dataclasses.replace(measured["eager"], device_seconds=[])
+    monkeypatch.setattr(harness.device_time, "timer", lambda *run: None)
+    harness._time_device(result, (lambda: None, lambda: None), timers, CPU)
+    assert result.device is None and result.fastest == result.median

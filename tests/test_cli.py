@@ -10,7 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from drift_gate import backends, checks, cli, torch_passes
+from drift_gate import checks, cli
+from drift_gate.passes import native
+from drift_gate.passes.backends import HAS_TRITON, passes_of
+
+ON_CPU = checks.backends_on(torch.device("cpu"))
 
 
 def run(*arguments: str) -> Any:
@@ -38,48 +42,60 @@ def test_every_backend_agrees_with_the_reference(monkeypatch: pytest.MonkeyPatch
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         for backend in checks.backends_on(torch.device(device)):
             assert f'backend "{backend}"' in done.output
+    if native.instruction_set():
+        assert f"native (functions in C, compiled for {native.instruction_set()})" in done.output
+    assert "torch (plain PyTorch)" in done.output
     for problem in ("plain", "in place", "masked", "packed", "span gate"):
         assert problem in done.output
     assert "MISMATCH" not in done.output and "FAILED" not in done.output
 
 
 @pytest.mark.usefixtures("few_problems")
-def test_a_gradient_off_by_a_hundredth_is_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    expand = torch_passes.expand
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_a_gradient_off_by_a_hundredth_is_a_mismatch(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    passes = passes_of(backend)
+    expand = passes.expand
 
     def scaled(*arguments: Any) -> None:
         expand(*arguments)
         arguments[-1].mul_(1.01)
 
     assert run("check", "--device", "cpu").exit_code == 0
-    monkeypatch.setattr(torch_passes, "expand", scaled)
+    monkeypatch.setattr(passes, "expand", scaled)
     done = run("check", "--device", "cpu")
     assert done.exit_code == 1
     assert done.output.count("MISMATCH") == 2
 
 
 @pytest.mark.usefixtures("few_problems")
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("poison", [float("nan"), 1e-4])
-def test_a_wrong_loss_is_a_mismatch(monkeypatch: pytest.MonkeyPatch, poison: float) -> None:
-    scan = torch_passes.scan
+def test_a_wrong_loss_is_a_mismatch(
+    monkeypatch: pytest.MonkeyPatch, backend: str, poison: float
+) -> None:
+    passes = passes_of(backend)
+    scan = passes.scan
 
     def wrong(*arguments: Any) -> Any:
         gathered, log_probs, *rest = scan(*arguments)
         log_probs += poison
         return gathered, log_probs, *rest
 
-    monkeypatch.setattr(torch_passes, "scan", wrong)
+    monkeypatch.setattr(passes, "scan", wrong)
     done = run("check", "--device", "cpu")
     assert done.exit_code == 1
     assert done.output.count("MISMATCH") == 2
 
 
 @pytest.mark.usefixtures("few_problems")
-def test_a_backend_that_raises_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_a_backend_that_raises_fails(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     def broken(*arguments: Any) -> None:
         raise RuntimeError("out of registers")
 
-    monkeypatch.setattr(torch_passes, "scan", broken)
+    monkeypatch.setattr(passes_of(backend), "scan", broken)
     done = run("check", "--device", "cpu")
     assert done.exit_code == 1
     assert "out of registers" in done.output and "FAILED" in done.output
@@ -106,7 +122,7 @@ def test_a_bad_option_is_refused_in_one_line(arguments: list[str], named: str) -
 
 def test_triton_is_listed_for_a_gpu_where_it_is_installed() -> None:
     on_gpu = checks.backends_on(torch.device("cuda"))
-    assert on_gpu == (["triton", "torch"] if backends.has_triton() else ["torch"])
+    assert on_gpu == (["triton", "torch"] if HAS_TRITON else ["torch"])
 
 
 def test_without_typer_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

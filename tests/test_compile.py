@@ -9,15 +9,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import KERNELS
+from drift_gate.kernels import head, lanes, rows, sparse
 from drift_gate.kernels import scan as scan_pass
-from drift_gate.kernels import sparse
-from drift_gate.kernels.blocks import row_blocks
 from drift_gate.kernels.expand import expand
-from drift_gate.kernels.sampled_token import sampled_token
 from drift_gate.kernels.scan import scan
-from drift_gate.kernels.topk import topk_rows
+from drift_gate.kernels.topk import topk_rows, topk_support
 from support.compile_check import TARGETS, Report, report
 from support.launches import compile_only
+from support.row_truth import GateRule, PositionRule, ReduceRule, RowData
 
 pytestmark = [
     pytest.mark.skipif(KERNELS == "interpret", reason="interpreted kernels do not compile"),
@@ -25,8 +24,14 @@ pytestmark = [
 ]
 ROWS = 4
 ALIGNED, ODD = 151_936, 50_257  # Qwen3; GPT-2, whose rows start anywhere
+SHORT = 32_000  # Llama 2: rows of smaller programs
 EACH_VOCAB = pytest.mark.parametrize("vocab", [ALIGNED, ODD])
 EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def lanes_are_threads(target, monkeypatch):
+    monkeypatch.setattr(lanes, "WARP", TARGETS[target].warp_size)
 
 
 def compiled(target: str, name: str, run) -> Report:
@@ -44,14 +49,14 @@ def assert_streams(result: Report, registers: int) -> None:
     assert result.barriers_in_loops == 0
 
 
-@EACH_VOCAB
+@pytest.mark.parametrize("vocab", [ALIGNED, ODD, SHORT])
 @EACH_DTYPE
 def test_scan(target, dtype, vocab):
     logits = torch.empty(1, ROWS, vocab, dtype=dtype)
     ids, valid = torch.zeros(ROWS, 1, dtype=torch.int64), torch.ones(ROWS, dtype=torch.bool)
     result = compiled(target, "_scan", lambda: scan(logits, ids, valid, 1.0, True))
-    # 128 registers leave 16 warps a multiprocessor: two programs of 8 loads of 16 bytes a thread.
-    assert_streams(result, 64 if vocab == ALIGNED else 128)
+    # 128 registers leave 16 warps a multiprocessor, each with 4 loads of 16 bytes a thread.
+    assert_streams(result, 128 if vocab == ODD else 64)
 
 
 def test_scan_of_several_ids_split_over_programs(target, monkeypatch):
@@ -81,7 +86,12 @@ def test_expand(target, dtype, vocab, k):
 
 @pytest.mark.parametrize(
     ("direction", "support", "k"),
-    [("reverse", "renormalized", 64), ("forward", "truncated", 256), ("jsd", "tail", 64)],
+    [
+        ("reverse", "renormalized", 64),
+        ("forward", "truncated", 256),
+        ("jsd", "tail", 64),
+        ("mixed", "renormalized", 64),
+    ],
 )
 def test_topk_rows(target, direction, support, k):
     lists, valid = torch.zeros(64, k), torch.ones(64, dtype=torch.bool)
@@ -100,48 +110,88 @@ def test_sparse(target, dtype, k):
     width, vocab = 4096, 1000
     hidden, weight = torch.empty(64, width, dtype=dtype), torch.empty(vocab, width, dtype=dtype)
     ids, slope = torch.zeros(64, k, dtype=torch.int64), torch.zeros(64, k)
-    valid, starts = torch.ones(64, dtype=torch.bool), torch.zeros(vocab + 1, dtype=torch.int64)
+    valid = torch.ones(64, dtype=torch.bool)
     with compile_only(target) as launches:
         sparse.gather(hidden, weight, weight[:, 0].contiguous(), ids, valid)
         sparse.weigh_words(weight, ids, slope)
-        sparse.sum_words(hidden, slope, starts, ids.flatten())
-    assert [launch.name for launch in launches] == ["_gather", "_weigh_words", "_sum_words"]
+        entries = torch.zeros(vocab + 1, dtype=torch.int64), ids.flatten(), ids.flatten().int()
+        sparse.sum_words(hidden, slope, *entries)
+    of_words = ["_sum_segments"] * (k > 1) + ["_sum_words"]  # 64 entries make no segment
+    assert [launch.name for launch in launches] == ["_gather", "_weigh_words", *of_words]
     for launch in launches:
         assert_streams(report(launch.kernel), 128)
 
 
-@pytest.mark.parametrize(
-    ("granularity", "aggregate"),
-    [("block", "mean"), ("span", "rms"), ("span", "max_abs"), ("sequence", "mean_abs")],
-)
-def test_row_blocks(target, granularity, aggregate):
-    x, valid = torch.zeros(64), torch.ones(64, dtype=torch.bool)
-    packed = granularity == "span"
-    spans = torch.zeros(64, dtype=torch.int64) if packed else None
-    borders = torch.tensor([0, 64]) if packed else None
-    result = compiled(
-        target,
-        "_row_blocks",
-        lambda: row_blocks(x, x, valid, spans, borders, 64, granularity, 64, aggregate, True),
-    )
-    assert result.spill_bytes == 0
-    assert result.registers <= 192
+@EACH_VOCAB
+@EACH_DTYPE
+def test_exponentials_of_a_chunk(target, monkeypatch, dtype, vocab):
+    monkeypatch.setattr(head, "programs_wanted", lambda device: ROWS)
+    logits, row = torch.empty(ROWS, vocab, dtype=dtype), torch.zeros(ROWS)
+    ids = torch.zeros(ROWS, 64, dtype=torch.int32)
+    with compile_only(target) as launches:
+        for listed in (ids[:, :1].contiguous(), ids):
+            head.exp_rows(logits, listed, row, 1.0)
+    assert len(launches) == 5
+    for launch in launches:
+        result = report(launch.kernel)
+        assert result.spill_bytes == 0
+        if launch.name == "_exp_rows":
+            assert_streams(result, 64 if vocab == ALIGNED else 128)
+            assert result.widest_store >= 128
 
 
-@pytest.mark.parametrize(
-    ("normalize", "estimator"),
-    [("batch", "ppo"), ("sequence", "ppo"), ("none", "k3"), ("off", "importance")],
-)
-def test_sampled_token(target, normalize, estimator):
-    n = 2048  # the widest tile
-    x, valid, blocks = torch.zeros(n), torch.ones(n, dtype=torch.bool), torch.zeros(4, n)
-    clips = 0.2, 0.2, 3.0, 5.0
-    result = compiled(
-        target,
-        "_sampled_token",
-        lambda: sampled_token(
-            x, x, x, valid, blocks, None, 64, 1.0, normalize, estimator, *clips,
-            1.0, "sequences", True,
-        ),
-    )  # fmt: skip
-    assert result.spill_bytes == 0
+@EACH_DTYPE
+def test_sums_are_finished_as_a_copy_is_made(target, dtype):
+    total, factor = torch.empty(100, 4096), torch.ones(())
+    with compile_only(target) as launches:
+        head.finish_sum(total, factor, dtype)
+        head.scale_unless_one([total.to(dtype)], factor)
+    for launch in launches:
+        result = report(launch.kernel)
+        assert_streams(result, 64)
+        assert result.widest_store >= 128
+
+
+ROW_KINDS = [  # gate, position, reduce; with row weights and packed; rows
+    (GateRule(), PositionRule(dual=3.0), ReduceRule(), False, 2048),
+    (GateRule(), PositionRule(dual=3.0), ReduceRule(1.0, "sequences", True), True, 70_000),
+    (GateRule("span", 64, "rms"), PositionRule("cispo", ratio="span"), ReduceRule(), True, 70_000),
+    (GateRule("span", 64, "max_abs", 1.0, "none"), PositionRule("k3"), ReduceRule(), False, 1000),
+    (
+        GateRule("sequence", 64, "rms", 1.0, "sequence"),
+        PositionRule("importance", ratio="sequence"),
+        ReduceRule(1.0, "tokens", True),
+        True,
+        70_000,
+    ),
+    (GateRule("token"), PositionRule("k3", clamp=False), ReduceRule(), False, 70_000),
+    (GateRule(normalize="off"), PositionRule("given"), ReduceRule(), False, 70_000),
+]
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS, ids=str)
+def test_rows(target, kind):
+    gate, position, reduce, packed, n = kind
+    x, valid = torch.zeros(n), torch.ones(n, dtype=torch.bool)
+    spans = torch.zeros(n, dtype=torch.int64)
+    borders = torch.tensor([0, n // 2, n]) if packed else None
+    data = RowData(valid, x, x, spans, borders, n)
+    with compile_only(target) as launches:
+        rows.finish(data, gate, None, x if packed else None, x, position, reduce)
+    assert len(launches) >= 1
+    for launch in launches:
+        result = report(launch.kernel)
+        assert result.spill_bytes == 0, launch.name
+        assert result.registers <= 128, launch.name
+
+
+@pytest.mark.parametrize("k", [2, 64, 300])
+def test_topk_support(target, k):
+    ids, valid = torch.zeros(8192, k, dtype=torch.int64), torch.ones(8192, dtype=torch.bool)
+    with compile_only(target) as launches:
+        topk_support(ids, ids.float(), valid)
+    assert {launch.name for launch in launches} <= {"_topk_support", "_sum_counts"}
+    for launch in launches:
+        result = report(launch.kernel)
+        assert result.spill_bytes == 0, launch.name
+        assert result.registers <= 128, launch.name

@@ -95,6 +95,18 @@ def test_the_second_epoch_is_gated(rollouts):
     assert second["gate_min"] < 1 < second["gate_max"]
 
 
+def test_a_step_without_a_token_changes_nothing(tmp_path, rollouts):
+    """Each response was cut away: no parameter becomes NaN, of AdamW with clipped norms neither."""
+    ids, attention, response = rollouts
+    empty = ids, attention, torch.zeros_like(response)
+    for steps in (by_hand(empty, 2)[0], by_trainer(tmp_path, empty, rows=2, accumulate=2)):
+        assert all((step == 0).all() for step in steps.values())
+    student = tiny.model(1)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.1, weight_decay=0.0)
+    plain_loop.train_on(student, optimizer, empty, tiny.model(2), epochs=2, micro_batches=4)
+    assert all((step == 0).all() for step in moved(student).values())
+
+
 def test_responses_end_with_the_first_end_token():
     torch.manual_seed(0)
     student = tiny.model(1)

@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from support.full import EACH_BACKEND, EACH_DIRECTION, INF, NAN, FullProblem, draw_full, losses
-from support.judge import assert_same_budget, loss_and_grad
+from support.full import EACH_DIRECTION, INF, NAN, FullProblem, draw_full, losses
+from support.judge import EACH_BACKEND, EACH_WIDE, FUSED, assert_same_budget, loss_and_grad
 
 from drift_gate import DriftGate, full_loss
 
 
 def check(problem: FullProblem, **options: Any) -> None:
-    assert_same_budget(full_loss, problem, "torch", **options)
+    for backend in ("torch",) if problem.teacher.dtype == torch.float64 else FUSED:
+        assert_same_budget(full_loss, problem, backend, **options)
 
 
-@EACH_BACKEND
+@EACH_WIDE
 def test_kl_as_pytorch_has_it(backend):
     problem = draw_full(1, 30, 50).to(torch.float64)
     log_p, log_q = problem.logits.log_softmax(-1), problem.teacher.log_softmax(-1)
@@ -27,7 +28,7 @@ def test_kl_as_pytorch_has_it(backend):
         torch.testing.assert_close(result.loss, expected, rtol=1e-10, atol=1e-12)
 
 
-@EACH_BACKEND
+@EACH_WIDE
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_generalised_jsd_as_trl_computes_it(beta, backend):
     """m = beta teacher + (1 - beta) student; both softmaxed at the temperature."""
@@ -55,7 +56,7 @@ def test_the_gradient_is_the_documented_one(direction):
     assert (result.loss > 0).all()
 
 
-@EACH_BACKEND
+@EACH_WIDE
 @EACH_DIRECTION
 def test_gradcheck(direction, backend):
     problem = draw_full(2, 3, 7, masked=0.2).to(torch.float64)
@@ -139,15 +140,15 @@ def test_gates_and_reductions(gate, packed):
         generator = torch.Generator().manual_seed(1)
         problem.options["span_ids"] = torch.randint(-3, 3, shape[:-1], generator=generator)
     for mode in ("token-mean", "seq-mean-token-mean", "none"):
-        check(problem, gate=gate, loss_agg_mode=mode)
+        check(problem, gate=gate, reduction=mode)
 
 
-@EACH_BACKEND
+@EACH_WIDE
 def test_the_gate_is_detached(backend):
     problem = draw_full(2, 80, 30, drift=1.0).to(torch.float64)
     gated, grad = loss_and_grad(problem, backend, function=full_loss)
     _, expected = loss_and_grad(
-        problem, backend, gated.gate / 160, function=full_loss, gate=None, loss_agg_mode="none"
+        problem, backend, gated.gate / 160, function=full_loss, gate=None, reduction="none"
     )
     torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-14)
 

@@ -1,4 +1,4 @@
-"""`full_loss` as a citizen of PyTorch: views, autograd, opcheck, compile, memory, bits."""
+"""`full_loss` as a citizen of PyTorch: views, autograd, compile, memory, bits."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import pytest
 import torch
 from drift_gate.bench.measure import peak_bytes
 from support.full import EACH_DIRECTION, NAN, draw_full
-from support.judge import loss_and_grad
-from torch.library import opcheck
+from support.judge import EACH_FUSED, loss_and_grad
 
 from drift_gate import full_loss
 
 
 @EACH_DIRECTION
-def test_strided_logits_are_not_copied(direction):
+@EACH_FUSED
+def test_strided_logits_are_not_copied(direction, backend):
     problem = draw_full(2, 40, 50, dtype=torch.bfloat16)
-    expected, grad = loss_and_grad(problem, "torch", function=full_loss, direction=direction)
+    expected, grad = loss_and_grad(problem, backend, function=full_loss, direction=direction)
     for name, width in (("logits", 56), ("teacher", 51)):
         buffer = torch.full((2, 41, width), NAN, dtype=torch.bfloat16)
         setattr(problem, name, buffer[:, :-1, :50].copy_(getattr(problem, name)))
-    got, strided_grad = loss_and_grad(problem, "torch", function=full_loss, direction=direction)
+    got, strided_grad = loss_and_grad(problem, backend, function=full_loss, direction=direction)
     assert torch.equal(got.loss, expected.loss)
     assert torch.equal(grad, strided_grad)
 
@@ -56,21 +56,6 @@ def test_autograd():
         second.sum().backward()
     full_loss(*problem.arguments()).loss.backward()
     assert z.grad is not None and y.grad is None
-
-
-@EACH_DIRECTION
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_opcheck(direction, dtype):
-    problem = draw_full(2, 5, 19, dtype=torch.bfloat16).to(dtype)
-    ops, (z, y) = torch.ops.drift_gate, (problem.logits, problem.teacher[..., :17])
-    labels, valid = torch.arange(10), torch.arange(10) % 3 > 0
-    for ids, entropy in ((labels, True), (None, False)):
-        arguments = y, ids, valid, 1.5, 0.7, direction, 0.3, entropy, False, "torch"
-        opcheck(ops.divergence, (z.clone().requires_grad_(), *arguments))
-    _, _, statistics, _ = ops.divergence(z, *arguments)
-    rest = y, statistics, valid, torch.ones_like(statistics[0]), 1.5, 0.7, direction, 0.3, "torch"
-    opcheck(ops.divergence_grad, (z, *rest))
-    opcheck(ops.divergence_grad_, (z.clone(), *rest))
 
 
 @pytest.mark.parametrize(
@@ -111,14 +96,15 @@ def test_extra_memory():
 
 
 @EACH_DIRECTION
-def test_the_same_bits_again_and_with_any_number_of_threads(direction):
+@EACH_FUSED
+def test_the_same_bits_again_and_with_any_number_of_threads(direction, backend):
     problem = draw_full(3, 200, 257, dtype=torch.bfloat16, masked=0.2)
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(loss_and_grad(problem, "torch", function=full_loss, direction=direction))
+            results.append(loss_and_grad(problem, backend, function=full_loss, direction=direction))
     finally:
         torch.set_num_threads(before)
     (one, one_grad), *others = results

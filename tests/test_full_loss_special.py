@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.full import EACH_BACKEND, EACH_DIRECTION, INF, NAN, draw_full, losses
-from support.judge import loss_and_grad
+from support.full import EACH_DIRECTION, INF, NAN, draw_full, losses
+from support.judge import EACH_BACKEND, loss_and_grad
 
 from drift_gate import full_loss
 
@@ -115,8 +115,8 @@ BAD = [
         r"labels must lie in \[0, 6\)",
     ),
     ({"direction": "both"}, ValueError, "direction must be one of reverse, forward, jsd; got 'bo"),
-    ({"beta": 0.0}, ValueError, "beta must be finite and greater than 0; got 0"),
-    ({"beta": 1.0}, ValueError, "beta must be less than 1; got 1"),
+    ({"beta": -0.1}, ValueError, "beta must be finite and at least 0; got -0.1"),
+    ({"beta": 1.1}, ValueError, "beta must be at most 1; got 1.1"),
     ({"beta": "1"}, TypeError, "beta must be a number; got str"),
     ({"teacher_temperature": 0}, ValueError, "teacher_temperature must be finite and greater"),
     ({"temperature": 0}, ValueError, "temperature must be finite and greater than 0; got 0"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,27 +19,32 @@ from typer.testing import CliRunner
 
 import drift_gate
 from drift_gate import (
+    Clip,
     GateNormalizer,
+    Head,
+    Parallel,
+    Reduction,
     cli,
-    native,
     opd_loss,
-    ranks,
-    scope,
     spans,
-    torch_passes,
-    torch_rows,
-    vocab_parallel,
 )
+from drift_gate.call import weighing
 from drift_gate.fuzz import local_ranks, run, verdict
 from drift_gate.fuzz.choices import Choices
 from drift_gate.fuzz.cuts import LAYOUTS
 from drift_gate.fuzz.evaluate import build
 from drift_gate.fuzz.functions import FUNCTIONS, Function, opd
 from drift_gate.fuzz.options import Student, draw_student
-from drift_gate.row_chunks import Piece
+from drift_gate.fuzz.tensors import tensors
+from drift_gate.fuzz.verdict import faults
+from drift_gate.options import as_head, as_reduction
+from drift_gate.parallel import ranks, scope, words
+from drift_gate.passes import torch as plain
+from drift_gate.passes.backends import backends_on
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
+BACKENDS = backends_on(CPU)[::-1]
 
 
 def command(*arguments: str) -> Any:
@@ -47,37 +54,96 @@ def command(*arguments: str) -> Any:
 @pytest.mark.slow
 def test_a_short_run_passes() -> None:
     """Every function and most options, in some ten seconds."""
-    tally = run.fuzz("torch", CPU, seed=0, cases=300)
+    tally = run.fuzz(BACKENDS, CPU, seed=0, cases=300)
     assert tally.failure is None, json.dumps(tally.failure, indent=2)
     assert tally.cases == 300 and set(tally.functions) == set(FUNCTIONS)
     assert list(tally.bias.faults()) == []
     taken, offered = tally.coverage()
     assert taken > 0.7 * offered
+    assert all(tally.options["backend"].values()) and len(BACKENDS) > 1
+
+
+OPTIONS = {"clip": Clip, "reduction": Reduction, "parallel": Parallel}
+OPTIONS |= {"head": Head, "teacher_head": Head}
+VOCABULARY = {"parallel.vocab_parallel_group"}  # of a head: tests/test_vocab_parallel.py
+BATCH = {"parallel.group", "parallel.context_parallel_group"}
+NOT_TAKEN = {
+    **dict.fromkeys(("full_loss", "gate_weights"), VOCABULARY),
+    "linear_full_loss": VOCABULARY | {"teacher_head.chunk_size"},
+    **dict.fromkeys(("linear_opd_loss", "linear_topk_loss"), VOCABULARY),
+    **dict.fromkeys(("token_log_probs", "gather_lse"), BATCH),
+    **dict.fromkeys(("linear_token_log_probs", "linear_gather_lse"), BATCH | VOCABULARY),
+}
+"""Fields of objects that a function takes, but which mean nothing to it or are tested elsewhere."""
+
+
+def fields_of(name: str, value: Any) -> dict[str, Any]:
+    """An option's own fields by path, whatever short form it was given in."""
+    if isinstance(value, str):
+        value = as_reduction(value)
+    elif isinstance(value, torch.Tensor):
+        value = as_head(value)
+    return {f"{name}.{k}": x for k, x in vars(OPTIONS[name]() if value is None else value).items()}
+
+
+def options_of(function: Any) -> dict[str, Any]:
+    """What a public function may be told, with the defaults; fields of its objects by path."""
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        found[name] = parameter.default
+        if name in OPTIONS:
+            found |= {f"{name}.{x.name}": x.default for x in dataclasses.fields(OPTIONS[name])}
+    return found
+
+
+def drawn_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a problem tells a function, in the names of `options_of`."""
+    drawn = dict(arguments)
+    parts = drawn.pop("parts", None)
+    if parts is not None:
+        drawn["parallel"] = Parallel(**parts.groups())
+        drawn |= {"position_ids": parts.over} if parts.over in LAYOUTS else {}
+    for name in OPTIONS.keys() & drawn.keys():
+        drawn |= fields_of(name, drawn[name])
+    return drawn
+
+
+def test_options_with_fields_are_known() -> None:
+    """Every argument that may be one of the package's objects is looked into."""
+    objects = "Clip", "Reduction", "Parallel", "Head"
+    for name in FUNCTIONS:
+        for argument, p in inspect.signature(getattr(drift_gate, name)).parameters.items():
+            if any(re.search(rf"\b{each}\b", str(p.annotation)) for each in objects):
+                assert argument in OPTIONS, (name, argument)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_option_is_drawn(name: str) -> None:
-    """But `backend`, which the run decides, and shards of a head (tests/test_vocab_parallel.py)."""
+    """But `backend`, which the run decides; in every form that an option takes."""
     chance = random.Random(0)
-    left = {
-        k: p.default for k, p in inspect.signature(getattr(drift_gate, name)).parameters.items()
+    left = options_of(getattr(drift_gate, name))
+    for option in {"backend", *NOT_TAKEN.get(name, ())}:
+        left.pop(option, None)
+    if {"parallel.group", "parallel.vocab_parallel_group"}.isdisjoint(left):
+        left.pop("parallel", None)
+    forms = {
+        f"{option} as {kind}"
+        for option in ("head", "teacher_head")
+        if option in left
+        for kind in ("Head", "Tensor")
     }
-    left.pop("backend", None)
-    if name.startswith("linear_"):
-        left.pop("vocab_parallel_group", None)
+    forms |= {f"reduction as {kind}" for kind in ("str", "Reduction") if "reduction" in left}
     for _ in range(4000):
-        if not left:
+        if not left and not forms:
             break
-        problem = build(name, lambda _, options: chance.choice(options), "torch", CPU)
-        drawn = dict(problem.arguments)
-        parts = drawn.pop("parts", None)
-        if parts is not None:
-            drawn |= parts.groups()
-            drawn |= {"position_ids": parts.over} if parts.over in LAYOUTS else {}
-        for option, value in drawn.items():
+        problem = build(name, lambda _, options: chance.choice(options), ("torch",), CPU)
+        for option, value in drawn_of(problem.arguments).items():
+            forms.discard(f"{option} as {type(value).__name__}")
             if option in left and (value is not left[option] and str(value) != str(left[option])):
                 del left[option]
-    assert not left, f"never drawn: {sorted(left)}"
+    assert not left and not forms, f"never drawn: {sorted(left)}, {sorted(forms)}"
 
 
 def test_a_fault_is_found_shrunk_saved_and_replayed(
@@ -88,8 +154,8 @@ def test_a_fault_is_found_shrunk_saved_and_replayed(
         last = logits.shape[-1] - 1
         return scan(logits if (ids == last).any() else logits[..., :last], ids, *rest)
 
-    scan = torch_passes.scan
-    monkeypatch.setattr(torch_passes, "scan", forgetful)
+    scan = plain.scan
+    monkeypatch.setattr(plain, "scan", forgetful)
     saved = tmp_path / "case.json"
     options = ("--function", "token_log_probs", "--cases", "400", "--out", str(saved))
     done = command(*options)
@@ -129,14 +195,14 @@ def _truncate(x: torch.Tensor) -> torch.Tensor:
 def test_truncation_is_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the budget of each case, and yet always towards zero."""
 
-    def write(piece: Piece, values: torch.Tensor) -> None:
-        if piece.x.dtype == torch.bfloat16:
-            values = _truncate(values)
-        at = slice(None) if piece.chosen is None else piece.chosen
-        piece.x[at] = values.to(piece.x.dtype)
+    def truncating(logits: torch.Tensor, *rest: Any) -> None:
+        *arguments, out = rest
+        wide = torch.empty_like(out, dtype=torch.float32)
+        expand(logits.float(), *arguments, wide)
+        out.copy_(_truncate(wide))
 
-    monkeypatch.setattr(native, "enabled", False)
-    monkeypatch.setattr(Piece, "write", write)
+    expand = plain.expand
+    monkeypatch.setattr(plain, "expand", truncating)
     bias = _bias_of_gradients()
     assert any("towards zero" in fault for fault in bias.faults())
 
@@ -150,8 +216,8 @@ def _bias_of_gradients() -> run.Bias:
     bias = run.Bias()
     case = {"rows": 5, "dtype": "bfloat16", "vocab": 128, "upstream": "tokens"}
     for seed in range(40):
-        problem = run.build("gather_lse", run.recorded(case | {"seed": seed}), "torch", CPU)
-        _, *results = verdict.faults(problem, "torch")
+        problem = run.build("gather_lse", run.recorded(case | {"seed": seed}), ("torch",), CPU)
+        _, *results = verdict.faults(problem)
         bias.add(problem.name, *results)
     return bias
 
@@ -171,8 +237,8 @@ def test_a_modified_input_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         arguments[0].detach().view(-1)[0] += 0.001
         return result
 
-    scan = torch_passes.scan
-    monkeypatch.setattr(torch_passes, "scan", spoil)
+    scan = plain.scan
+    monkeypatch.setattr(plain, "scan", spoil)
     assert "input logits was modified" in _fails({"function": "token_log_probs", "vocab": 3})
 
 
@@ -183,19 +249,32 @@ def test_other_bits_in_a_second_run_are_seen(monkeypatch: pytest.MonkeyPatch) ->
         gathered, log_probs, *rest = scan(*arguments)
         return gathered, log_probs * (1 + calls * 1e-7), *rest
 
-    calls, scan = 0, torch_passes.scan
-    monkeypatch.setattr(torch_passes, "scan", drifting)
+    calls, scan = 0, plain.scan
+    monkeypatch.setattr(plain, "scan", drifting)
     assert "other bits in a second run" in _fails({"function": "token_log_probs", "vocab": 3})
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_tensors_of_inference_mode_are_drawn(name: str) -> None:
+    """Of what is not the student's; they make no difference."""
+    choices = {"tensors of inference mode": True, "strided row data": True, "mask": "some"}
+    problem = build(name, run.recorded(choices), ("torch",), CPU)
+    assert problem.saved()["tensors of inference mode"]
+    made = {path for path, x in tensors(problem.arguments).items() if x.is_inference()}
+    assert not made & {*problem.leaves, "logits", "hidden_states", "head.weight", "head"}
+    assert made
+    found, *_ = faults(problem)
+    assert not found
 
 
 def test_a_row_that_was_not_asked_for_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def overeager(*arguments: Any) -> Any:
-        loss, rows, metrics = sampled(*arguments)
-        rows[0] += 1e-30
-        return loss, rows, metrics
+        done = finish(*arguments)
+        done.table[0] += 1e-30
+        return done
 
-    sampled = torch_rows.sampled_token
-    monkeypatch.setattr(torch_rows, "sampled_token", overeager)
+    finish = plain.finish
+    monkeypatch.setattr(plain, "finish", overeager)
     case = {"function": "opd_loss", "rows": 3, "vocab": 3, "mask": "a hole"}
     assert "gate: not 0 in a row that is not valid" in _fails(case)
 
@@ -206,8 +285,8 @@ def test_a_gradient_beside_the_logits_is_seen(monkeypatch: pytest.MonkeyPatch) -
         out = arguments[-1]
         out.as_strided((1,), (1,), out.storage_offset() + out.shape[-1]).fill_(7)
 
-    expand = torch_passes.expand
-    monkeypatch.setattr(torch_passes, "expand", wild)
+    expand = plain.expand
+    monkeypatch.setattr(plain, "expand", wild)
     case = {"function": "opd_loss", "logits layout": "wide rows", "vocab": 3}
     assert "memory around it changed" in _fails(case | {"inplace_backward": True})
 
@@ -238,14 +317,14 @@ def test_a_fault_between_parts_is_seen(
 ) -> None:
     case = {"function": "opd_loss", "batch": "padded", "sequences": 3, "length": 2, "vocab": 11}
     assert run.replay(case | parts, "torch", CPU) is None
-    combine = vocab_parallel.combine
+    combine = words._combine
 
-    def shifted(parts: Any, local: Any, bad: Any, group: str) -> Any:
-        found, log_probs, *rest = combine(parts, local, bad, group)
+    def shifted(*arguments: Any) -> Any:
+        found, log_probs, *rest = combine(*arguments)
         return found, log_probs + 1e-3, *rest
 
-    monkeypatch.setattr(vocab_parallel, "combine", shifted)
-    monkeypatch.setattr(scope, "over_ranks", lambda call, group: call)
+    monkeypatch.setattr(words, "_combine", shifted)
+    monkeypatch.setattr(weighing, "over_ranks", lambda call, group: call)
     monkeypatch.setattr(GateNormalizer, "factor", lambda self: torch.ones(()))
     assert "loss" in _fails(case | parts)
 
@@ -268,8 +347,8 @@ def linear_student(choose: Choices) -> Student:
     weight = torch.randn(student.vocab, 4, generator=generator).to(student.dtype)
     temperature = {"temperature": student.temperature}
     return student._replace(
-        arguments={"hidden_states": hidden, "weight": weight, **temperature},
-        leaves=("hidden_states", "weight"),
+        arguments={"hidden_states": hidden, "head": weight, **temperature},
+        leaves=("hidden_states", "head"),
         storages={},
         finite=(hidden @ weight.T).float(),
     )
@@ -279,10 +358,10 @@ def linear_student(choose: Choices) -> Student:
 def test_a_new_function_is_one_registration(
     monkeypatch: pytest.MonkeyPatch, factor: float, passes: bool
 ) -> None:
-    def linear_opd_loss(hidden_states: Any, weight: Any, backend: str, **options: Any) -> Any:
+    def linear_opd_loss(hidden_states: Any, head: Any, backend: str, **options: Any) -> Any:
         if backend == "torch":
             hidden_states = hidden_states * factor
-        return opd_loss(hidden_states @ weight.T, backend=backend, **options)
+        return opd_loss(hidden_states @ head.T, backend=backend, **options)
 
     registered = Function(linear_opd_loss, opd, linear_student)
     monkeypatch.setitem(FUNCTIONS, "linear_opd_loss", registered)
@@ -290,7 +369,7 @@ def test_a_new_function_is_one_registration(
     outcomes = [run.replay(case | {"seed": seed}, "torch", CPU) for seed in range(3)]
     assert [outcome is None for outcome in outcomes] == [passes] * 3
     if not passes:
-        assert "grad weight" in str(outcomes) and "grad hidden_states" in str(outcomes)
+        assert "grad head" in str(outcomes) and "grad hidden_states" in str(outcomes)
 
 
 # The command.
@@ -321,7 +400,8 @@ def test_a_bad_option_is_refused_in_one_line(arguments: list[str], named: str) -
 
 
 def test_a_file_that_is_no_case_is_refused(tmp_path: Path) -> None:
-    for text in ("{", "[]", '{"version": 0}', '{"version": 1, "problem": {"function": "mse"}}'):
+    of_no_function = json.dumps({"version": run.VERSION, "problem": {"function": "mse"}})
+    for text in ("{", "[]", '{"version": 1}', of_no_function):
         path = tmp_path / "case.json"
         path.write_text(text)
         done = command("--replay", str(path))

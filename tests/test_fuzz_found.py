@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from drift_gate.fuzz import run
+from drift_gate.passes.backends import backends_on
 
 # Shrunk cases, by what they once showed.
 FOUND = {
@@ -136,7 +137,7 @@ FOUND = {
         "dtype": "float64",
         "logits": "certain",
         "temperature": 2.0,
-        "loss_agg_mode": "token-sum",
+        "reduction": "token-sum",
         "no gate": True,
         "support": "truncated",
         "a word twice": True,
@@ -265,7 +266,7 @@ FOUND = {
         "batch": "padded",
         "length": 3,
         "vocab": 3,
-        "loss_agg_mode": "seq-mean-token-sum-norm",
+        "reduction": "seq-mean-token-sum-norm",
         "loss_scale_factor": 0.5,
     },
     "weights as gate, and no labels": {
@@ -289,7 +290,7 @@ FOUND = {
         "batch": "padded",
         "length": 9,
         "vocab": 3,
-        "loss_agg_mode": "seq-mean-token-sum-norm",
+        "reduction": "seq-mean-token-sum-norm",
         "ranks": 3,
         "ranks share": "positions",
     },
@@ -401,9 +402,130 @@ FOUND = {
         "ranks": 2,
         "ranks share": "positions",
     },
+    "no gate, and sequences cut over ranks": {
+        "function": "linear_topk_loss",
+        "rows": 3,
+        "a weight as head": True,
+        "no gate": True,
+        "ranks": 3,
+    },
+    "a row of weight 0 that holds a NaN": {
+        "function": "topk_loss",
+        "special": "-inf row",
+        "granularity": "token",
+        "row weights": "some 0",
+    },
+    "a row of weight 0 that holds a NaN, in micro-batches": {
+        "function": "full_loss",
+        "batch": "padded",
+        "special": "-inf row",
+        "row weights": "some 0",
+        "micro-batches": 1,
+    },
+    "the mass of a teacher's list, divided by a temperature": {
+        "function": "topk_loss",
+        "vocab": 2,
+        "denominator": "0",
+        "no gate": True,
+        "teacher temperature": 0.5,
+    },
+    "a slope of 0 in an infinite loss": {
+        "function": "topk_loss",
+        "rows": 2,
+        "vocab": 2,
+        "seed": 793,
+        "denominator": "0",
+        "no gate": True,
+        "support": "truncated",
+        "ignore_unknown_ids": True,
+        "log_prob_floor": -2.0,
+    },
+    "a NaN that CISPO counted as clipped": {
+        "function": "opd_loss",
+        "batch": "packed",
+        "special": "-inf row",
+        "estimator": "cispo",
+        "no gate": True,
+    },
+    "a NaN of which the ratio without old log-probs made 1": {
+        "function": "linear_opd_loss",
+        "nan row": True,
+        "weights as gate": True,
+        "no old log-probs": True,
+        "advantages": True,
+    },
+    "a row of weight 0 that holds a NaN, under a softcap": {
+        "function": "linear_topk_loss",
+        "softcap": 5.0,
+        "nan row": True,
+        "row weights": "some 0",
+    },
+    "a row of weight 0 that holds a NaN, under a softcap, dense": {
+        "function": "linear_opd_loss",
+        "rows": 5,
+        "softcap": 5.0,
+        "nan row": True,
+        "row weights": "some 0",
+        "chunk size": 2,
+        "no gate": True,
+        "seed": 4,
+    },
+    "weights of which all are below 0, over several chunks of a head": {
+        "function": "linear_topk_loss",
+        "batch": "packed",
+        "sequences": 70,
+        "vocab": 2,
+        "chunk size": 1,
+        "ignored labels": True,
+        "weights as gate": True,
+        "negative weights": True,
+        "support": "truncated",
+    },
+    "the reference made a NaN of the ratio of a block with a word that has no mass": {
+        "function": "opd_loss",
+        "batch": "packed",
+        "sequences": 2,
+        "vocab": 2,
+        "seed": 2,
+        "special": "-inf words",
+        "ratio": "block",
+        "no gate": True,
+        "advantages": True,
+    },
+    "token losses of a renormalised list, of a head": {
+        "function": "linear_topk_loss",
+        "vocab": 2,
+        "no gate": True,
+        "upstream": "tokens",
+    },
+    "the reference kept a denominator of inference mode": {
+        "function": "linear_opd_loss",
+        "batch": "padded",
+        "denominator": "a tensor",
+        "no gate": True,
+        "tensors of inference mode": True,
+    },
+    "the reference kept a mask of inference mode": {
+        "function": "linear_full_loss",
+        "batch": "packed",
+        "mask": "all",
+        "no gate": True,
+        "no old log-probs": True,
+        "no labels": True,
+        "tensors of inference mode": True,
+    },
 }
 
 
-@pytest.mark.parametrize("case", FOUND.values(), ids=FOUND.keys())
-def test_what_was_found_stays_fixed(case: dict[str, Any]) -> None:
-    assert run.replay(case, "torch", torch.device("cpu")) is None
+CPU = torch.device("cpu")
+EACH = [
+    pytest.param(case, backend, id=f"{name}, {backend}")
+    for name, case in FOUND.items()
+    for backend in backends_on(CPU)
+    if backend == "torch" or case.get("dtype") != "float64"
+]
+
+
+@pytest.mark.parametrize(("case", "backend"), EACH)
+def test_what_was_found_stays_fixed(case: dict[str, Any], backend: str) -> None:
+    assert run.replay(case, backend, CPU) is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -150,6 +152,32 @@ def test_tau_at_its_ends(tau):
     weights = gate_weights(new, old, DriftGate(tau=tau)).weights
     torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
     assert (weights == 1).all() if tau == 0 else (weights > 0).sum() == 64
+
+
+@pytest.mark.parametrize("size", [np.int64(64), np.int32(64), np.uint8(64)], ids=repr)
+@pytest.mark.parametrize("tau", [np.float32(0.5), np.float16(0.5), np.int64(1), Fraction(1, 2)])
+def test_numbers_of_numpy_are_numbers(size, tau):
+    gate = DriftGate(block_size=size, tau=tau)
+    assert gate == DriftGate(block_size=64, tau=float(tau))
+    assert type(gate.block_size) is int and type(gate.tau) is float
+
+
+@pytest.mark.parametrize("value", [True, np.True_, np.float64(64), "64", None, 64.0], ids=repr)
+def test_a_block_size_that_is_no_integer(value):
+    with pytest.raises(TypeError, match="block_size must be an int; got"):
+        DriftGate(block_size=value)
+
+
+@pytest.mark.parametrize("value", [False, np.False_, "1", None, 1j, torch.ones(())], ids=repr)
+def test_a_tau_that_is_no_number(value):
+    with pytest.raises(TypeError, match="tau must be a number; got"):
+        DriftGate(tau=value)
+
+
+@pytest.mark.parametrize("value", [-1, np.float32("nan"), np.float64("inf"), math.nan], ids=repr)
+def test_a_tau_out_of_range(value):
+    with pytest.raises(ValueError, match="tau must be finite and at least 0; got"):
+        DriftGate(tau=value)
 
 
 def test_nan_drift_is_not_hidden():

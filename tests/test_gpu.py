@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drift_gate.bench.measure import peak_bytes
 from support.judge import assert_good, loss_and_grad
 from support.problems import draw
 
 from drift_gate import DriftGate, gate_weights, opd_loss
+from drift_gate.measure import peak_bytes
 
 pytestmark = pytest.mark.gpu
 
@@ -52,7 +52,7 @@ def test_nothing_synchronises():
         try:
             step(
                 problem, problem.logits, gate=gate, return_entropy=True,
-                loss_agg_mode="seq-mean-token-mean", **extra,
+                reduction="seq-mean-token-mean", **extra,
             )  # fmt: skip
             gate_weights(problem.old_log_probs, problem.teacher_log_probs)
         finally:

@@ -6,15 +6,29 @@ import pytest
 import torch
 from drift_gate.bench.measure import peak_bytes
 from support.heads import draw_head
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from drift_gate import linear_opd_loss, linear_topk_loss
-from drift_gate.chunks import chunks
-from drift_gate.head import Head, _chunk_sizes
-from drift_gate.head_gradients import Needs, Sums, finish_sums, sum_shapes, weight_dtype
+from drift_gate.head.check import HeadInputs, HeadRule, chunk_sizes
+from drift_gate.head.chunks import chunks
+from drift_gate.head.sums import Needs, Sums, finish_sums, plan
+from drift_gate.parallel.words import whole
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
 )
+
+
+def head_of(hidden: torch.Tensor, weight: torch.Tensor, chunk_size: int) -> HeadInputs:
+    """Without bias and softcap."""
+    rule = HeadRule(0.0, 1.0, chunk_size, chunk_size)
+    return HeadInputs(hidden, weight, None, rule, whole(len(weight)))
+
+
+def finished(sums: Sums, factor: float, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Gradients of hidden states, weight and bias."""
+    number = torch.tensor(factor, dtype=torch.promote_types(dtype, torch.float32))
+    return finish_sums(sums.finish(), number, [dtype] * 3, "torch")
 
 
 @DTYPES
@@ -22,21 +36,20 @@ def test_many_chunks_cost_no_digits(dtype):
     """200 chunks, the sums moved on the way; a float64 sum of the same rounded products."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(300, 40, generator=generator).to(dtype)
-    head = Head(weight, None, 0.0, 1.0)
     hidden = torch.randn(200, 8, 40, generator=generator).to(dtype)
-    sums = Sums(hidden.view(-1, 40), head, Needs(False, True, True), 8)
+    head = head_of(hidden.view(-1, 40), weight, 8)
+    sums = Sums(head, Needs(False, True, True), True, "torch")
     truth = torch.zeros(300, 40, dtype=torch.float64)
     total = torch.zeros(300, dtype=torch.float64)
     for i, h in enumerate(hidden):
         gradient = torch.randn(8, 300, generator=generator).to(dtype)
         if i in (50, 120):
-            sums.multiply(0.3)
+            sums.multiply(torch.tensor(0.3, dtype=torch.float64))
             truth, total = 0.3 * truth, 0.3 * total
         sums.add(slice(8 * i, 8 * i + 8), h, gradient)
         truth += gradient.T.double() @ h.double()
         total += gradient.double().sum(0)
-    factor = torch.tensor(0.7, dtype=torch.promote_types(dtype, torch.float32))
-    _, of_weight, of_bias = finish_sums(sums.finish(), factor, dtype)
+    _, of_weight, of_bias = finished(sums, 0.7, dtype)
     for got, exact in ((of_weight, 0.7 * truth), (of_bias, 0.7 * total)):
         assert got.dtype == dtype
         error = (got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
@@ -48,29 +61,29 @@ def test_many_chunks_cost_no_digits(dtype):
 
 def test_bfloat16_is_summed_in_24_bits():
     """2^16 + 200 times 100, less than half of bfloat16's step there, which would stay at 2^16."""
-    head = Head(torch.zeros(3, 2).bfloat16(), None, 0.0, 1.0)
     hidden = torch.ones(400, 2).bfloat16()
-    sums = Sums(hidden, head, Needs(False, True, False), 2)
-    assert sums.tensors[1].dtype == weight_dtype(head.weight) == torch.bfloat16
+    head = head_of(hidden, torch.zeros(3, 2).bfloat16(), 2)
+    sums = Sums(head, Needs(False, True, False), True, "torch")
+    assert [x.dtype for x in sums.tensors[1:3]] == [torch.bfloat16, torch.uint8]
     sums.add(slice(0, 1), hidden[:1], torch.full((1, 3), 2.0**16).bfloat16())
     for i in range(200):
         sums.add(slice(i, i + 1), hidden[:1], torch.full((1, 3), 100.0).bfloat16())
-    _, grad, _ = finish_sums(sums.finish(), torch.tensor(2.0**-8), torch.bfloat16)
+    _, grad, _ = finished(sums, 2.0**-8, torch.bfloat16)
     assert (grad == torch.tensor((2.0**16 + 20_000) / 2**8).bfloat16()).all()
 
 
 def test_sums_in_24_bits_lean_to_neither_side():
     """64 additions that drop their lowest bits would take 2e-4 off the 4096 sums."""
     generator = torch.Generator().manual_seed(0)
-    head = Head(torch.zeros(64, 64).bfloat16(), None, 0.0, 1.0)
     hidden = torch.eye(64).bfloat16()
-    sums = Sums(hidden, head, Needs(False, True, False), 1)
+    head = head_of(hidden, torch.zeros(64, 64).bfloat16(), 1)
+    sums = Sums(head, Needs(False, True, False), True, "torch")
     exact = torch.zeros(64, 64, dtype=torch.float64)
     for _ in range(64):
         gradient = torch.exp2(-12 * torch.rand(64, 64, generator=generator)).bfloat16()
         exact += gradient.t().double()
         sums.add(slice(0, 64), hidden, gradient)
-    _, grad, _ = finish_sums(sums.finish(), torch.tensor(1.0), torch.bfloat16)
+    _, grad, _ = finished(sums, 1.0, torch.bfloat16)
     errors = grad.double() / exact - 1
     deviation = 2.0**-8 / 12**0.5 / len(errors.flatten()) ** 0.5  # of a mean of roundings
     assert errors.mean().abs() < 4 * deviation
@@ -78,12 +91,12 @@ def test_sums_in_24_bits_lean_to_neither_side():
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38, 1e-40, -0.0])
 def test_extreme_sums_survive(value):
-    head = Head(torch.zeros(3, 2).bfloat16(), None, 0.0, 1.0)
     hidden = torch.tensor([[1.0, 0.0]]).bfloat16()
-    sums = Sums(hidden.expand(4, 2), head, Needs(False, True, False), 1)
+    head = head_of(hidden.expand(4, 2), torch.zeros(3, 2).bfloat16(), 1)
+    sums = Sums(head, Needs(False, True, False), True, "torch")
     for gradient in (value, 0.0):
         sums.add(slice(0, 1), hidden, torch.full((1, 3), gradient).bfloat16())
-    _, grad, _ = finish_sums(sums.finish(), torch.tensor(1.0), torch.bfloat16)
+    _, grad, _ = finished(sums, 1.0, torch.bfloat16)
     expected = torch.full((3,), value).bfloat16()
     torch.testing.assert_close(grad[:, 0], expected, equal_nan=True, rtol=0, atol=1e-40)
 
@@ -118,7 +131,8 @@ def test_extra_memory_does_not_grow_with_the_rows(form, dtype):
         problem = draw_head(kind, rows, vocab=8000, softcap=None, dtype=dtype, **options)
         leaves = [x.requires_grad_() for x in (problem.hidden, problem.weight)]
         with peak_bytes() as memory:
-            result = problem.function(*leaves, *problem.rest, **problem.options)
+            head = problem.head_of(leaves[1])
+            result = problem.function(leaves[0], head, *problem.rest, **problem.options)
             grads = torch.autograd.grad(result.loss, leaves)
         row_data = rows * (24 * 4 + 40 * 4 * 8)  # H and some tens of [N, K] float32
         extra.append(memory.peak - sum(x.nbytes for x in grads) - row_data)
@@ -138,25 +152,33 @@ def test_nothing_of_the_size_of_the_words_where_log_probs_are_given():
 
 
 def test_the_logits_are_never_whole():
-    problem = draw_head("opd", 2048, vocab=5000, softcap=None)
+    problem = draw_head("opd", 2048, vocab=5000, bias=False, softcap=None, chunk_size=64)
     leaves = [x.requires_grad_() for x in (problem.hidden, problem.weight)]
     with peak_bytes() as memory:
-        torch.autograd.grad(linear_opd_loss(*leaves, *problem.rest, chunk_size=64).loss, leaves)
+        result = linear_opd_loss(problem.hidden, problem.head, *problem.rest)
+        torch.autograd.grad(result.loss, leaves)
     assert memory.peak < 2048 * 5000 * 4 / 5
 
 
 def test_what_a_gpu_holds_at_the_size_of_the_targets():
-    """By shapes alone: 8192 positions, H = 4096, V = 151,936 in bfloat16, at the default chunks."""
-    hidden = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta")
-    weight = torch.empty(151_936, 4096, dtype=torch.bfloat16, device="meta")
-    gib = 2**30
-    rows, read = _chunk_sizes(None, weight, len(weight))
-    logits = rows * len(weight) * weight.itemsize
-    lists = len(hidden) * 64 * 64  # a few tensors of ids and of log-probs
-    assert rows == read and logits + lists < 0.7 * gib  # LSM: no dense gradient
-    sums = sum_shapes(hidden, weight, Needs(True, True, False), rows)
-    of_hidden, of_weight, rest, bias = (torch.empty(x, dtype=d, device="meta") for x, d in sums)
-    assert of_weight.dtype == torch.float32 and not rest.numel() and not bias.numel()
-    assert of_hidden.nbytes == hidden.nbytes  # is returned
-    # Beyond what is returned: while chunks are summed, and when the sum is rounded.
-    assert max(logits + of_weight.nbytes - weight.nbytes, of_weight.nbytes) < 3.2 * gib
+    """By shapes alone: H = 4096, V = 151,936 in bfloat16, at the default chunks."""
+    gib, needs = 2**30, Needs(True, True, False)
+    with FakeTensorMode():
+        short, hidden, weight = (
+            torch.empty(n, 4096, dtype=torch.bfloat16, device="cuda")
+            for n in (8192, 65_536, 151_936)
+        )
+        rows, read = chunk_sizes("head.chunk_size", None, weight, len(weight))
+        logits, scanned = (n * len(weight) * weight.itemsize for n in (rows, read))
+        lists = 8192 * 64 * 64  # a few tensors of ids and of log-probs
+        assert scanned + lists < 0.7 * gib  # LSM: no dense gradient
+        few = plan(head_of(short, weight, rows), needs, True).empty(hidden.device)
+        assert [x.dtype for x in few[:2]] == [torch.bfloat16] * 2  # the gradients themselves
+        assert logits < 2.5 * gib
+        many = plan(head_of(hidden, weight, rows), needs, True).empty(hidden.device)
+        of_hidden, of_weight, rest, bias = many
+        assert of_weight.dtype == of_hidden.dtype == torch.float32
+        assert not rest.numel() and not bias.numel()
+        # Beyond what is returned: while chunks are summed.
+        beyond = sum(x.nbytes for x in many) - hidden.nbytes - weight.nbytes
+        assert logits + beyond < 4.7 * gib

@@ -14,7 +14,7 @@ from conftest import KERNELS
 HERE = Path(__file__).parent
 FILES = [HERE / "test_support.py", *sorted(HERE.glob("test_kernels_*.py"))]
 # Other values through accesses that other tests make: the emulator's run of them is enough.
-ONCE = ["agg_modes", "nan_input", "without_valid", "may_hold", "same_bits", "however_large"]
+ONCE = ["reductions", "nan_input", "without_valid", "may_hold", "same_bits", "however_large"]
 
 
 @pytest.mark.skipif(KERNELS != "ttsem", reason=f"DRIFT_GATE_KERNELS={KERNELS}")

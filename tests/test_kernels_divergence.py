@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from drift_gate.kernels.divergence import divergence, divergence_bytes
-from drift_gate.kernels.divergence_grad import divergence_grad, divergence_grad_bytes
+from drift_gate.kernels.divergence import divergence
+from drift_gate.kernels.divergence_grad import divergence_grad
 from support.numerics import assert_as_good_as
 from support.problems import peaked_logits
 from torch import Tensor
 
-from drift_gate import reference_full
+from drift_gate import reference
 
 DIRECTIONS = ["reverse", "forward", "jsd"]
 EACH_DIRECTION = pytest.mark.parametrize("direction", DIRECTIONS)
@@ -20,11 +22,13 @@ SCALE, TEACHER_SCALE, BETA = 1.25, 0.8, 0.3
 def eager(x: Tensor, y: Tensor, labels: Tensor, valid: Tensor, upstream: Tensor, direction: str):
     """Loss, log-probs, entropy and gradient [N, V], in the dtype of x; y [N, U]."""
     z = x.clone().requires_grad_()
-    loss, log_probs, entropy = reference_full.position_losses(
-        z[:, : y.shape[1]], y, labels, valid, 1 / SCALE, 1 / TEACHER_SCALE, direction, BETA
-    )
-    (grad,) = torch.autograd.grad(loss, z, upstream.to(x.dtype))
-    return loss.detach(), log_probs.detach(), entropy.detach(), grad
+    out = reference.full_loss(
+        z, labels, None, y, direction=direction, beta=BETA, vocab_size=y.shape[1],
+        temperature=1 / SCALE, teacher_temperature=1 / TEACHER_SCALE, gate=None,
+        response_mask=valid, reduction="none", return_entropy=True,
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(out.loss, z, upstream.to(x.dtype))
+    return out.loss.detach(), out.log_probs, out.entropy, grad
 
 
 def differentiate(x, y, statistics, valid, upstream, direction: str, out: Tensor) -> None:
@@ -267,16 +271,18 @@ def test_a_constant_added_to_the_logits_changes_no_bit(kernels_on_cpu, direction
         assert torch.equal(got, wanted)
 
 
+def test_masses_sum_to_1_where_the_scale_is_large(kernels_on_cpu):
+    """Logits of 100 at a temperature of 1 / 20, models that share no word: the JSD is log 2."""
+    x, y = (20 * t + 100 for t in draw(1, 4, 600))
+    y = y.flip(-1)
+    data = [t.to(kernels_on_cpu) for t in (x, y)]
+    valid = torch.ones(4, dtype=torch.bool, device=kernels_on_cpu)
+    loss, *_ = divergence(*data, None, valid, 20.0, 20.0, "jsd", 0.5, False)
+    torch.testing.assert_close(loss.cpu(), torch.full((4,), math.log(2)), rtol=1e-6, atol=0)
+
+
 def test_no_rows(kernels_on_cpu):
     x = torch.empty(2, 0, 7, device=kernels_on_cpu)
     row = torch.empty(0, device=kernels_on_cpu)
     *_, out, _ = run(x, x, row.long(), row.bool(), row, "reverse")
     assert out.shape == x.shape
-
-
-def test_bytes():
-    x = torch.empty(1, 10, 100, dtype=torch.bfloat16)
-    y = torch.empty(1, 10, 90, dtype=torch.float32)
-    assert divergence_bytes(x, y, "reverse") == 10 * 90 * 6 + 10 * 37
-    assert divergence_bytes(x, y, "jsd") == 2 * 10 * 90 * 6 + 10 * 37
-    assert divergence_grad_bytes(x, y) == 10 * 90 * 6 + 10 * 100 * 2 + 10 * 25

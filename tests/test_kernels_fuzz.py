@@ -95,13 +95,16 @@ OPTIONS: dict[str, list[Any]] = {
     "inplace_backward": [True, False],
     "return_entropy": [False, True],
     "teacher layout": ["aligned wide rows", "off a boundary"],
+    "row weights": ["some 0", "absent"],
+    "ratio": ["block", "span", "token"],
+    "words in any place again": [True, False],
 }
 
 
 def judge(case: dict[str, Any], device: torch.device) -> None:
     choices = dict(case)
-    problem = run.build(choices.pop("function"), run.recorded(choices), "triton", device)
-    run.judge(problem, "triton")
+    problem = run.build(choices.pop("function"), run.recorded(choices), ("triton",), device)
+    run.judge(problem)
 
 
 @pytest.mark.parametrize("case", FOUND.values(), ids=FOUND.keys())

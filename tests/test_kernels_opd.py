@@ -7,41 +7,34 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drift_gate.kernels import sampled_token as kernel_module
+from drift_gate.kernels import rows
+from drift_gate.kernels.row_sums import METRICS as KERNEL_METRICS
 from support.judge import assert_good, loss_and_grad
 from support.launches import record_launches
 from support.problems import draw
 
-import drift_gate.rows
-from drift_gate import DriftGate, gate_weights, opd_loss
+from drift_gate import Clip, DriftGate, Reduction, gate_weights, gather_lse, opd_loss
+from drift_gate.choices import ESTIMATORS, REDUCTIONS
+from drift_gate.passes.rules import METRICS
 
 ROW_KERNELS = ("_row_blocks", "_sampled_token")
+BY_SEQUENCE = ("_row_blocks", "_sequence_gates", "_sampled_token")
 
 
-@pytest.mark.parametrize("estimator", ["ppo", "importance", "k1", "k2", "k3"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_estimators(kernels_on_cpu, estimator):
     problem = draw(2, 30, 21, drift=2.0, masked=0.2)  # ratios beyond every clip
-    options = {"estimator": estimator, "advantage_clip": 1.5, "clip_ratio_c": 1.5}
+    options = {"estimator": estimator, "clip": Clip(dual=1.5, advantage=1.5)}
     assert_good(problem, "triton", device=kernels_on_cpu, **options)
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "token-mean",
-        "token-sum",
-        "seq-mean-token-sum",
-        "seq-mean-token-sum-norm",
-        "seq-mean-token-mean",
-        "none",
-    ],
-)
-def test_loss_agg_modes(kernels_on_cpu, mode):
+@pytest.mark.parametrize("mode", REDUCTIONS)
+def test_reductions(kernels_on_cpu, mode):
     problem = draw(4, 9, 17, masked=0.3)
     problem.options["response_mask"][2] = False  # a sequence without a valid position
-    assert_good(problem, "triton", device=kernels_on_cpu, loss_agg_mode=mode, gate=None)
-    sizes = {"batch_num_tokens": 500, "global_batch_size": 9, "dp_size": 4}
-    assert_good(problem, "triton", device=kernels_on_cpu, loss_agg_mode=mode, **sizes)
+    assert_good(problem, "triton", device=kernels_on_cpu, reduction=mode, gate=None)
+    sized = Reduction(mode, batch_num_tokens=500, global_batch_size=9, dp_size=4)
+    assert_good(problem, "triton", device=kernels_on_cpu, reduction=sized)
 
 
 GATES = [
@@ -68,7 +61,7 @@ def test_gates(kernels_on_cpu, gate, packed):
         generator = torch.Generator().manual_seed(1)
         problem.options["span_ids"] = torch.randint(-3, 3, shape[:-1], generator=generator)
     mode = "seq-mean-token-mean" if packed else "token-mean"
-    assert_good(problem, "triton", device=kernels_on_cpu, gate=gate, loss_agg_mode=mode)
+    assert_good(problem, "triton", device=kernels_on_cpu, gate=gate, reduction=mode)
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
@@ -76,12 +69,13 @@ def test_weights_of_the_caller(kernels_on_cpu, mode):
     problem = draw(2, 70, 11, masked=0.25)
     weights = torch.rand(2, 70, generator=torch.Generator().manual_seed(0))
     weights[~problem.options["response_mask"]] = torch.nan
-    assert_good(problem, "triton", device=kernels_on_cpu, gate=weights, loss_agg_mode=mode)
+    problem.options["gate"] = weights  # which goes where the problem goes
+    assert_good(problem, "triton", device=kernels_on_cpu, reduction=mode)
 
 
 def test_more_sequences_and_rows_than_a_tile(kernels_on_cpu, monkeypatch):
     """70 sequences exceed a tile of borders, 300 rows two of `sampled_token`."""
-    monkeypatch.setattr(kernel_module, "TILE", 128)
+    monkeypatch.setattr(rows, "TILES", rows.TILES._replace(alone=128, rows=128))
     problem = draw(300, 3, drift=1.0, masked=0.1)
     problem.options["cu_seqlens"] = torch.linspace(0, 300, 71).long()
     assert_good(problem, "triton", device=kernels_on_cpu)
@@ -114,7 +108,7 @@ def test_no_drift_however_large_makes_the_weights_0_over_0(kernels_on_cpu, aggre
 @pytest.mark.parametrize(
     ("name", "estimator", "aggregate"),
     [
-        *(("logits", e, "mean") for e in ("ppo", "importance", "k1", "k2", "k3")),
+        *(("logits", e, "mean") for e in ESTIMATORS),
         *(("teacher_log_probs", e, "mean") for e in ("ppo", "k3")),
         *(("old_log_probs", "ppo", a) for a in ("mean", "mean_abs", "rms", "max_abs")),
         ("old_log_probs", "k1", "max_abs"),  # through the gate alone
@@ -126,9 +120,8 @@ def test_a_nan_input_makes_the_loss_nan(kernels_on_cpu, name, estimator, aggrega
     getattr(problem, name)[0, 3] = float("nan")
     problem.logits.requires_grad_()
     gate = DriftGate(aggregate=aggregate)
-    result = opd_loss(
-        *problem.arguments(), gate=gate, estimator=estimator, advantage_clip=2.0, backend="triton"
-    )
+    options = {"gate": gate, "estimator": estimator, "clip": Clip(advantage=2.0)}
+    result = opd_loss(*problem.arguments(), **options, backend="triton")
     assert result.loss.isnan()
     (grad,) = torch.autograd.grad(result.loss, problem.logits)
     assert grad[0, 3].isnan().all()
@@ -137,7 +130,7 @@ def test_a_nan_input_makes_the_loss_nan(kernels_on_cpu, name, estimator, aggrega
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("shape", [(0, 5, 7), (2, 0, 7), (2, 3, 7), (1, 1, 1)], ids=str)
 def test_a_batch_without_valid_rows_has_loss_0(kernels_on_cpu, shape, mode):
-    problem = draw(*shape, loss_agg_mode=mode).to(kernels_on_cpu)
+    problem = draw(*shape, reduction=mode).to(kernels_on_cpu)
     problem.labels.fill_(-100)
     result, grad = loss_and_grad(problem, "triton")
     assert result.loss == 0
@@ -160,16 +153,20 @@ def test_invalid_rows_may_hold_anything(kernels_on_cpu):
 
 
 def test_launches(kernels_on_cpu):
-    """One scan and two row functions forward; one expand backward."""
+    """One scan and two or three row functions forward; one expand backward."""
     problem = draw(2, 20, 40, masked=0.2).to(kernels_on_cpu)
     problem.logits.requires_grad_()
-    for gate in (DriftGate(), DriftGate(normalize="sequence"), None):
+    for gate, row_kernels in (
+        (DriftGate(), ROW_KERNELS),
+        (DriftGate(normalize="sequence"), BY_SEQUENCE),
+        (None, ROW_KERNELS),  # whose first counts each sequence's tokens
+    ):
         with record_launches() as forward:
             result = opd_loss(
                 *problem.arguments(), **problem.options, gate=gate, backend="triton",
-                loss_agg_mode="seq-mean-token-mean", return_entropy=True,
+                reduction="seq-mean-token-mean", return_entropy=True,
             )  # fmt: skip
-        assert [launch.name for launch in forward] == ["_scan", *ROW_KERNELS]
+        assert [launch.name for launch in forward] == ["_scan", *row_kernels]
         with record_launches() as backward:
             result.loss.backward()
         assert [launch.name for launch in backward] == ["_expand"]
@@ -205,8 +202,6 @@ def test_inplace_backward_gives_the_same_bits(kernels_on_cpu):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_gather_lse(kernels_on_cpu, k):
-    from drift_gate import gather_lse
-
     generator = torch.Generator().manual_seed(4)
     logits = torch.randn(2, 5, 120, generator=generator)
     ids = torch.randint(120, (2, 5, k), generator=generator)
@@ -221,7 +216,7 @@ def test_gather_lse(kernels_on_cpu, k):
 
 
 def test_metric_names_agree():
-    assert drift_gate.rows.METRICS == kernel_module.METRICS
+    assert METRICS == KERNEL_METRICS
 
 
 @pytest.mark.gpu
@@ -232,6 +227,6 @@ def test_gate_weights_runs_on_kernels_on_a_gpu():
     expected = gate_weights(new, old, gate)
     with record_launches() as launches:
         got = gate_weights(new.cuda(), old.cuda(), gate)
-    assert [launch.name for launch in launches] == list(ROW_KERNELS)
+    assert [launch.name for launch in launches] == list(BY_SEQUENCE)
     torch.testing.assert_close(got.weights.cpu(), expected.weights)
     assert torch.equal(got.block_ids.cpu(), expected.block_ids)

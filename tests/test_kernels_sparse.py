@@ -7,8 +7,10 @@ import torch
 from drift_gate.kernels import sparse as kernels
 from support.heads import FORMS, assert_same_budget, draw_head, run_head
 from support.launches import record_launches
+from torch import Tensor
 
-from drift_gate import DriftGate, torch_sparse
+from drift_gate import DriftGate
+from drift_gate.passes import torch as plain
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 # Whole and partial tiles, of 128 to 512; less than a tile; one word.
@@ -36,31 +38,76 @@ def test_gather(kernels_on_cpu, shape, dtype):
     for some in (bias, None):
         got = kernels.gather(hidden, weight, some, ids, valid).cpu()
         wide = [None if x is None else x.double().cpu() for x in (hidden, weight, some)]
-        expected = torch_sparse.gather(*wide, ids.cpu(), valid.cpu())
+        expected = plain.head_gather(*wide, ids.cpu(), valid.cpu())
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
         assert (got[1] == 0).all()
+
+
+def assert_rounded_once(result: Tensor, truth: Tensor) -> None:
+    """Float32 sums, rounded once: within half a unit of float64, and four of float32."""
+    result = result.cpu()
+    room = torch.finfo(result.dtype).eps / 2 * truth.abs() + 1e-6 * truth.abs().max()
+    assert ((result.double() - truth).abs() <= room).all()
+
+
+def sum_words_twice(hidden: Tensor, ids: Tensor, slope: Tensor, vocab: int) -> Tensor:
+    entries = kernels.by_word(ids, vocab)
+    result = kernels.sum_words(hidden, slope, *entries)
+    assert torch.equal(kernels.sum_words(hidden, slope, *entries), result)
+    truth = plain.sum_words(
+        hidden.double().cpu(), slope.double().cpu(), *plain.by_word(ids.cpu(), vocab)
+    )
+    assert_rounded_once(result, truth)
+    return result
 
 
 @DTYPES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_with_slopes(kernels_on_cpu, shape, dtype):
-    """float32 sums, rounded once: within half a unit of the float64 result, and four of float32."""
     hidden, weight, _, ids, slope = draw(*shape, dtype, kernels_on_cpu)
     ids[0, -1] = shape[2]  # no word
-    starts, order = torch_sparse.by_word(ids, shape[2])
-    got = kernels.weigh_words(weight, ids, slope), kernels.sum_words(hidden, slope, starts, order)
-    wide = [x.double().cpu() for x in (hidden, weight, slope)]
-    expected = (
-        torch_sparse.weigh_words(wide[1], ids.cpu(), wide[2]),
-        torch_sparse.sum_words(wide[0], wide[2], starts.cpu(), order.cpu()),
-    )
-    for result, truth in zip(got, expected, strict=True):
-        result = result.cpu()
-        assert result.dtype == dtype
-        room = torch.finfo(dtype).eps / 2 * truth.abs() + 1e-6 * truth.abs().max()
-        assert ((result.double() - truth).abs() <= room).all()
-    twice = kernels.sum_words(hidden, slope, starts, order)
-    assert torch.equal(twice, got[1])
+    got = kernels.weigh_words(weight, ids, slope)
+    wide = weight.double().cpu(), ids.cpu(), slope.double().cpu()
+    assert_rounded_once(got, plain.weigh_words(*wide))
+    assert got.dtype == sum_words_twice(hidden, ids, slope, shape[2]).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_entries_by_word(kernels_on_cpu, dtype):
+    """Stably sorted; ids that are no words, however large, come last."""
+    ids = torch.randint(5, (50, 41), generator=torch.Generator().manual_seed(0)).to(dtype)
+    ids[3, 3], ids[4, 4], ids[0, 0] = -1, 5, torch.iinfo(dtype).max
+    *entries, words = kernels.by_word(ids.to(kernels_on_cpu), 5)
+    for got, expected in zip(entries, plain.by_word(ids, 5), strict=True):
+        assert torch.equal(got.cpu(), expected)
+    known = torch.where((ids < 0) | (ids > 4), 5, ids).flatten()
+    assert torch.equal(words.cpu().long(), known[entries[1].cpu()].long())
+
+
+@pytest.mark.parametrize("length", [1, 4, 8])
+def test_words_that_many_rows_list(kernels_on_cpu, monkeypatch, length):
+    """Segments of one entry; parts of two such words in one; words that fill some exactly."""
+    monkeypatch.setattr(kernels, "SEGMENT", length)
+    counts = [0, 9, 1, 14, 0, 8, 4, 4, 0, 37, 3, 0, 12]
+    listed = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    assert len(listed) == 92
+    generator = torch.Generator().manual_seed(1)
+    ids = listed[torch.randperm(92, generator=generator)].view(23, 4)
+    ids[5, 2] = -1
+    hidden = torch.randn(23, 40, generator=generator)
+    slope = torch.randn(23, 4, generator=generator)
+    data = [x.to(kernels_on_cpu) for x in (hidden, ids, slope)]
+    result = sum_words_twice(*data, len(counts))
+    unlisted = torch.tensor(counts, device=kernels_on_cpu) == 0
+    assert (result[unlisted] == 0).all()
+
+
+def test_scratch_is_bounded():
+    for rows in (1, 1000, 8192, 1 << 20):
+        for width in (1, 4096, 8192):
+            length = kernels.segment_length(rows * 64, width)
+            assert length >= kernels.SEGMENT and length & (length - 1) == 0
+            assert 2 * (rows * 64 // length) * width <= kernels.SCRATCH
 
 
 def test_ids_outside_the_vocabulary_read_nothing(kernels_on_cpu):
@@ -93,7 +140,7 @@ def test_strided_rows(kernels_on_cpu):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", ["token-mean", "none"])
 def test_losses(kernels_on_cpu, form, mode):
-    problem = draw_head(form, 2, 14, vocab=40, masked=0.2, loss_agg_mode=mode, logit_scale=0.7)
+    problem = draw_head(form, 2, 14, vocab=40, masked=0.2, reduction=mode, logit_scale=0.7)
     options = {"chunk_size": 16, "gate": None} if mode == "none" else {"chunk_size": 16}
     options.setdefault("gate", DriftGate(block_size=8))
     assert_same_budget(problem, "triton", device=kernels_on_cpu, **options)
@@ -102,15 +149,15 @@ def test_losses(kernels_on_cpu, form, mode):
 def test_lists_need_no_dense_product(kernels_on_cpu):
     """LSM: a scan for the drift, then K rows of the head; not even the scan with log-probs."""
     problem = draw_head("topk", 1, 12, vocab=40, bias=False).to(kernels_on_cpu)
+    support = [] if kernels_on_cpu.type == "cpu" else ["_topk_support"]  # a CPU checks the values
     for known, expected in (
-        (None, ["_scan"]),
-        (problem.rest[1], ["_gather"]),
+        (None, [*support, "_scan"]),
+        (problem.rest[1], [*support, "_gather"]),
     ):
         leaves = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight)]
         with record_launches() as forward:
-            result = problem.function(
-                *leaves, *problem.rest, **problem.options, log_probs=known, backend="triton"
-            )
+            head, options = problem.head_of(leaves[1]), {"log_probs": known, **problem.options}
+            result = problem.function(leaves[0], head, *problem.rest, **options, backend="triton")
         assert [x.name for x in forward] == [
             *expected,
             "_topk_rows",
@@ -119,7 +166,7 @@ def test_lists_need_no_dense_product(kernels_on_cpu):
         ]
         with record_launches() as backward:
             result.loss.backward()
-        assert [x.name for x in backward] == ["_weigh_words", "_sum_words"]
+        assert [x.name for x in backward] == ["_weigh_words", "_keys", "_sum_words"]
         _, truth = run_head(problem.to(torch.float64).to(torch.device("cpu")), "reference")
         for leaf, grad in zip(leaves, truth, strict=False):
             if known is None:

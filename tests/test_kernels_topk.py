@@ -1,4 +1,4 @@
-"""`topk_loss` on Triton kernels: the nine divergences, missing entries, launches."""
+"""`topk_loss` on Triton kernels: every divergence, missing entries, launches."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from support.launches import record_launches
 from support.problems import draw_topk
 
 from drift_gate import topk_loss
-from drift_gate.topk_rows import topk_rows
+from drift_gate.choices import DIRECTIONS, SUPPORTS
+from drift_gate.passes.backends import passes_of
 
-PAIRS = [*itertools.product(["reverse", "forward", "jsd"], ["renormalized", "truncated", "tail"])]
+PAIRS = [*itertools.product(DIRECTIONS, SUPPORTS)]
 
 
 @pytest.mark.parametrize(("direction", "support"), PAIRS)
@@ -30,7 +31,7 @@ def test_directions_and_supports(kernels_on_cpu, direction, support, monkeypatch
     assert_same_budget(topk_loss, problem, "triton", device=kernels_on_cpu, **options)
 
 
-@pytest.mark.parametrize("direction", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_tail_without_mass_is_held_at_its_floor(kernels_on_cpu, direction):
     """The student's listed word has all of its mass, the teacher's two thirds."""
     problem = draw_topk(1, 6, 40, k=1, teacher_share=0.66)
@@ -51,7 +52,7 @@ def test_infinities_and_nan(kernels_on_cpu):
             problem.teacher[0, 3, 1] = torch.nan
             moved = problem.to(torch.device(device))
             result = topk_loss(
-                *moved.arguments(), direction=direction, gate=None, loss_agg_mode="none",
+                *moved.arguments(), direction=direction, gate=None, reduction="none",
                 backend=backend,
             )  # fmt: skip
             results.append(result.loss.cpu())
@@ -73,14 +74,15 @@ def test_masses_that_are_too_small(kernels_on_cpu, backend, lost, smallest):
     teacher = torch.tensor([[-0.01, lost], [-0.01, smallest]], device=kernels_on_cpu)
     teacher[1, 1] -= 2
     present = student == student
+    topk_rows = passes_of(backend).topk_rows
     arguments = student, None, teacher, present, present[:, 0]
     for direction, expected in (
         ("forward", [torch.inf, -0.01 * math.exp(-0.01)]),
         ("reverse", [0.01, 0.01]),
     ):
-        rows, _ = topk_rows(*arguments, direction, "truncated", 0.5, backend)
+        rows, _ = topk_rows(*arguments, direction, "truncated", 0.5)
         torch.testing.assert_close(rows[0].cpu(), torch.tensor(expected))
-    rows, slope = topk_rows(*arguments, "jsd", "truncated", 0.99, backend)
+    rows, slope = topk_rows(*arguments, "jsd", "truncated", 0.99)
     assert rows[0].isfinite().all() and slope.isfinite().all()
 
 
@@ -91,7 +93,8 @@ def test_launches(kernels_on_cpu):
     with record_launches() as forward:
         result = topk_loss(*problem.arguments(), backend="triton")
     names = [launch.name for launch in forward]
-    assert names == ["_scan", "_topk_rows", "_row_blocks", "_sampled_token"]
+    support = [] if kernels_on_cpu.type == "cpu" else ["_topk_support"]  # a CPU checks the values
+    assert names == [*support, "_scan", "_topk_rows", "_row_blocks", "_sampled_token"]
     with record_launches() as backward:
         result.loss.backward()
     assert [launch.name for launch in backward] == ["_expand", "_entries"]
@@ -119,3 +122,16 @@ def test_inplace_backward_gives_the_same_bits(kernels_on_cpu):
             problem, "triton", function=topk_loss, support=support, inplace_backward=True
         )
         assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("direction", ["jsd", "mixed"])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_the_ends_of_beta_are_those_of_every_backend(kernels_on_cpu, direction, beta):
+    generator = torch.Generator().manual_seed(0)
+    scores, teacher = (torch.randn(6, 5, generator=generator).log_softmax(-1) for _ in range(2))
+    on = torch.ones(6, 5, dtype=torch.bool)
+    options = direction, "truncated", beta
+    arguments = [x.to(kernels_on_cpu) for x in (scores, scores, teacher, on, on[:, 0].contiguous())]
+    got = passes_of("triton").topk_rows(*arguments, *options)
+    expected = passes_of("torch").topk_rows(*arguments, *options)
+    torch.testing.assert_close(got, expected)

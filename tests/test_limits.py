@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.judge import assert_good, assert_same_budget, loss_and_grad
+from support.judge import EACH_BACKEND, EACH_FUSED, assert_good, assert_same_budget, loss_and_grad
 from support.problems import draw, draw_topk
 from torch import Tensor
 
@@ -85,8 +85,9 @@ def test_all_ignored_gives_0_whatever_the_logits_hold() -> None:
         assert grad.eq(0).all(), name
 
 
-def test_one_row() -> None:
-    assert_good(draw(1, 50), "torch")
+@EACH_FUSED
+def test_one_row(backend) -> None:
+    assert_good(draw(1, 50), backend)
 
 
 def test_one_word() -> None:
@@ -98,8 +99,9 @@ def test_one_word() -> None:
         torch.testing.assert_close(grad, torch.zeros(2, 1), rtol=0, atol=1e-6, msg=name)
 
 
-def test_a_million_words() -> None:
-    assert_good(draw(2, 1_048_576), "torch")
+@EACH_FUSED
+def test_a_million_words(backend) -> None:
+    assert_good(draw(2, 1_048_576), backend)
 
 
 @pytest.mark.parametrize("granularity", ["block", "token", "sequence"])
@@ -120,7 +122,7 @@ def test_a_sequence_of_65537_rows(granularity: str) -> None:
 # Values.
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@EACH_BACKEND
 def test_tau_0_weighs_all_alike_and_a_large_one_the_best_block(backend: str) -> None:
     problem = draw(2, 20, 9, drift=1.0)
     flat = opd_loss(*problem.arguments(), gate=DriftGate(tau=0), backend=backend)
@@ -133,17 +135,18 @@ def test_tau_0_weighs_all_alike_and_a_large_one_the_best_block(backend: str) -> 
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_a_drift_of_1e30(aggregate: str) -> None:
+@EACH_FUSED
+def test_a_drift_of_1e30(aggregate: str, backend) -> None:
     problem = draw(4, 8, 9)
     problem.old_log_probs[1] = 1e30
     gate = DriftGate("sequence", aggregate=aggregate)
-    result, grad = loss_and_grad(problem, "torch", gate=gate, estimator="k1")
+    result, grad = loss_and_grad(problem, backend, gate=gate, estimator="k1")
     assert result.gate[1].eq(0).all() and grad[1].eq(0).all()
     assert result.gate[[0, 2, 3]].gt(0.5).all() and grad.isfinite().all()
     assert result.loss.isfinite()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@EACH_BACKEND
 @pytest.mark.parametrize("estimator", ["importance", "ppo", "k3"])
 def test_a_log_ratio_beyond_20_is_held_and_has_no_slope(estimator: str, backend: str) -> None:
     problem = draw(1, 6, 9)
@@ -157,11 +160,12 @@ def test_a_log_ratio_beyond_20_is_held_and_has_no_slope(estimator: str, backend:
     assert grad[0, ~held].abs().amax(-1).gt(0).all()
 
 
-def test_a_tail_without_mass_is_held_at_epsilon() -> None:
+@EACH_FUSED
+def test_a_tail_without_mass_is_held_at_epsilon(backend) -> None:
     problem = draw_topk(3, 4, k=4)  # the list is the vocabulary: nothing is left
-    result, grad = loss_and_grad(problem, "torch", function=topk_loss, support="tail")
+    result, grad = loss_and_grad(problem, backend, function=topk_loss, support="tail")
     assert result.loss.isfinite() and grad.isfinite().all()
-    assert_same_budget(topk_loss, problem, "torch", support="tail", direction="reverse")
+    assert_same_budget(topk_loss, problem, backend, support="tail", direction="reverse")
 
 
 # Devices and autograd.
@@ -188,7 +192,7 @@ def test_double_backward_is_refused_by_every_loss(name: str) -> None:
     logits = torch.randn(2, 3, 5, requires_grad=True)
     result = losses(logits)[name]()
     (grad,) = torch.autograd.grad(result.loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"does not require grad|not differentiable|autograd"):
+    with pytest.raises(RuntimeError, match="not differentiable"):
         torch.autograd.grad(grad.sum(), logits)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from support.heads import FORMS, draw_head
@@ -13,10 +15,12 @@ EACH_FORM = pytest.mark.parametrize("form", FORMS)
 
 def call(form, changes):
     problem = draw_head(form, 2, 9)
-    arguments = {"hidden": problem.hidden, "weight": problem.weight, "bias": problem.bias}
-    arguments |= {k: changes.pop(k) for k in list(changes) if k in arguments}
-    hidden, weight, bias = arguments.values()
-    return problem.function(hidden, weight, *problem.rest, bias=bias, **problem.options | changes)
+    hidden, head = changes.pop("hidden", problem.hidden), problem.head
+    names = [field.name for field in dataclasses.fields(head)]
+    head = dataclasses.replace(head, **{k: changes.pop(k) for k in names if k in changes})
+    return problem.function(
+        hidden, changes.pop("head", head), *problem.rest, **problem.options | changes
+    )
 
 
 @EACH_FORM
@@ -26,27 +30,28 @@ def call(form, changes):
         ({"hidden": torch.zeros(24)}, ValueError, r"hidden_states must be \[N, H\] or \[B, T, H\]"),
         ({"hidden": torch.zeros(2, 9, 24).long()}, TypeError, "hidden_states must be a floating"),
         ({"hidden": [1.0]}, TypeError, "hidden_states must be a torch.Tensor"),
-        ({"weight": torch.zeros(211, 23)}, ValueError, r"weight must be \[V, H\] with H = 24"),
+        ({"head": 3}, TypeError, r"head must be a Head or its weight \[V, H\]; got int"),
+        ({"weight": torch.zeros(211, 23)}, ValueError, r"head.weight must be \[V, H\] with H = 24"),
         ({"weight": torch.zeros(0, 24)}, ValueError, "V > 0"),
         ({"weight": torch.zeros(211, 24).double()}, TypeError, "dtype of hidden_states.*autocast"),
         (
             {"weight": torch.zeros(211, 24, device="meta")},
             ValueError,
-            "weight must be on the device",
+            "head.weight must be on the device",
         ),
-        ({"weight": 3}, TypeError, "weight must be a torch.Tensor"),
-        ({"bias": torch.zeros(24)}, ValueError, r"bias must be \[V\] with V = 211"),
-        ({"bias": torch.zeros(211).half()}, TypeError, "bias must have the dtype"),
-        ({"softcap": 0}, ValueError, "softcap must be finite and greater than 0"),
-        ({"softcap": "30"}, TypeError, "softcap must be a number"),
-        ({"logit_scale": -1.0}, ValueError, "logit_scale must be"),
-        ({"logit_scale": float("inf")}, ValueError, "logit_scale must be"),
+        ({"weight": 3}, TypeError, "head.weight must be a torch.Tensor"),
+        ({"bias": torch.zeros(24)}, ValueError, r"head.bias must be \[V\] with V = 211"),
+        ({"bias": torch.zeros(211).half()}, TypeError, "head.bias must have the dtype"),
+        ({"softcap": 0}, ValueError, "head.softcap must be finite and greater than 0"),
+        ({"softcap": "30"}, TypeError, "head.softcap must be a number"),
+        ({"logit_scale": -1.0}, ValueError, "head.logit_scale must be"),
+        ({"logit_scale": float("inf")}, ValueError, "head.logit_scale must be"),
         ({"temperature": 0}, ValueError, "temperature must be"),
-        ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
-        ({"chunk_size": 2.5}, TypeError, "chunk_size must be an int"),
+        ({"chunk_size": 0}, ValueError, "head.chunk_size must be at least 1"),
+        ({"chunk_size": 2.5}, TypeError, "head.chunk_size must be an int"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
         ({"gate": 1.0}, TypeError, "gate must be a DriftGate"),
-        ({"loss_agg_mode": "mean"}, ValueError, "loss_agg_mode must be one of"),
+        ({"reduction": "mean"}, ValueError, "reduction.mode must be one of"),
     ],
     ids=str,
 )
@@ -69,7 +74,7 @@ def test_labels(form):
     ):
         problem.rest[0] = labels
         with pytest.raises(error, match=message):
-            problem.function(problem.hidden, problem.weight, *problem.rest)
+            problem.function(problem.hidden, problem.head, *problem.rest)
 
 
 def test_lists_and_their_log_probs():
@@ -90,27 +95,31 @@ def test_lists_and_their_log_probs():
 
 def test_the_teacher_s_head():
     problem = draw_head("full", 2, 9)
-    labels, old, hidden, weight = problem.rest
-    call = dg.linear_full_loss
+    labels, old, hidden, theirs = problem.rest
+    weight, call = theirs.weight, dg.linear_full_loss
     head = problem.hidden, problem.weight, labels, old
     with pytest.raises(ValueError, match="teacher_hidden_states must have the leading shape"):
         call(*head, hidden[:, :8], weight)
-    with pytest.raises(ValueError, match="teacher_weight must be"):
+    with pytest.raises(ValueError, match="teacher_head.weight must be"):
         call(*head, hidden, weight[:, :3])
-    with pytest.raises(ValueError, match=r"weight and teacher_weight must have the same words"):
+    with pytest.raises(
+        ValueError, match=r"head.weight and teacher_head.weight must have the same words"
+    ):
         call(*head, hidden, weight[:200])
-    with pytest.raises(ValueError, match="teacher_softcap"):
-        call(*head, hidden, weight, teacher_softcap=-1.0)
+    with pytest.raises(ValueError, match="teacher_head.softcap"):
+        call(*head, hidden, dg.Head(weight, softcap=-1.0))
+    with pytest.raises(TypeError, match=r"teacher_head must be a Head or its weight \[V, H\]"):
+        call(*head, hidden, None)
     with pytest.raises(ValueError, match="vocab_size must be between 1"):
         call(*head, hidden, weight, vocab_size=212)
 
 
 def test_ids_of_gather_lse():
-    problem = draw_head("opd", 2, 9)
-    head = problem.hidden, problem.weight
+    problem = draw_head("opd", 2, 9, chunk_size=4)
+    head = problem.hidden, problem.head
     with pytest.raises(ValueError, match="between 1 and V = 211"):
         dg.linear_gather_lse(*head, torch.zeros(2, 9, 0).long())
     ids = torch.zeros(2, 9, 2).long()
     ids[1, 0, 1] = 211
     with pytest.raises(ValueError, match=r"ids must lie in \[0, 211\); got 211 at row 9, entry 1"):
-        dg.linear_gather_lse(*head, ids, chunk_size=4)
+        dg.linear_gather_lse(*head, ids)

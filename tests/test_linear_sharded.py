@@ -19,7 +19,7 @@ VOCAB = 51  # shards of 26 and 25 words
 def problem(form: str, rank: int):
     """Rows of a rank; the head of all of them."""
     mine, first = (draw_head(form, 40, vocab=VOCAB, seed=seed) for seed in (rank, 0))
-    mine.weight, mine.bias = first.weight, first.bias
+    mine.head = first.head
     return mine.to(torch.float64)
 
 
@@ -44,7 +44,8 @@ def gradients(rank: int) -> dict[str, Any]:
         mine = problem(form, rank)
         head = [distribute_tensor(x, mesh, [Shard(0)]) for x in (mine.weight, mine.bias)]
         weight, bias = (x.requires_grad_() for x in head)
-        result = mine.function(mine.hidden, weight, *mine.rest, bias=bias, **mine.options)
+        whole = mine.head_of(weight, bias)
+        result = mine.function(mine.hidden, whole, *mine.rest, **mine.options)
         result.loss.backward()
         for x in head:
             assert isinstance(x.grad, DTensor) and x.grad.placements == (Shard(0),)
@@ -56,7 +57,8 @@ def gradients(rank: int) -> dict[str, Any]:
         fully_shard(module, mesh=mesh)
     weight = model.lm_head.weight
     assert isinstance(weight, DTensor)
-    mine.function(model(mine.hidden), weight, *mine.rest, **mine.options).loss.backward()
+    head = mine.head_of(weight)
+    mine.function(model(mine.hidden), head, *mine.rest, **mine.options).loss.backward()
     found["module"] = weight.grad.full_tensor()
     return found
 
@@ -73,6 +75,7 @@ def test_a_sharded_head_has_the_mean_gradient_of_the_ranks():
     mine = problem("opd", 0)
     model = Model(mine.weight)
     weight = model.lm_head.weight
-    mine.function(model(mine.hidden), weight, *mine.rest, **mine.options).loss.backward()
+    head = mine.head_of(weight)
+    mine.function(model(mine.hidden), head, *mine.rest, **mine.options).loss.backward()
     for found in every_rank:
         torch.testing.assert_close(found["module"], weight.grad)

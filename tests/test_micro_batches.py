@@ -22,12 +22,12 @@ GATES = {
 }
 MODES = (
     {},
-    {"batch_num_tokens": 170},
-    {"loss_agg_mode": "token-sum"},
-    {"loss_agg_mode": "seq-mean-token-sum"},
-    {"loss_agg_mode": "seq-mean-token-mean"},
-    {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 7.0},
-    {"loss_agg_mode": "seq-mean-token-mean", "global_batch_size": torch.tensor(40.0)},
+    {"reduction": dg.Reduction(batch_num_tokens=170)},
+    {"reduction": "token-sum"},
+    {"reduction": "seq-mean-token-sum"},
+    {"reduction": "seq-mean-token-mean"},
+    {"reduction": dg.Reduction("seq-mean-token-sum-norm", loss_scale_factor=7.0)},
+    {"reduction": dg.Reduction("seq-mean-token-mean", global_batch_size=torch.tensor(40.0))},
 )
 
 
@@ -89,7 +89,7 @@ def test_reductions(mode: dict[str, Any]):
 
 def test_per_token_losses_are_reduced_by_the_caller():
     whole, gate = draw_whole(2), GATES["blocks"]
-    options = {"loss_agg_mode": "none"}
+    options = {"reduction": "none"}
     weight = whole.weight.clone().requires_grad_()
     run_part(whole, "topk", True, weight, gate, **options)[0].loss.sum().backward()
     again = whole.weight.clone().requires_grad_()
@@ -100,13 +100,10 @@ def test_per_token_losses_are_reduced_by_the_caller():
     torch.testing.assert_close(again.grad, weight.grad, rtol=1e-10, atol=1e-13)
 
 
-def test_the_reference_splits_alike():
+def test_the_reference_takes_no_parts():
     whole, gate = draw_whole(3), GATES["blocks"]
-    for mode in MODES[:5]:
-        assert_same(
-            divided(cut(whole, 2), "opd", False, gate, backend="reference", **mode),
-            undivided(whole, "opd", False, gate, backend="reference", **mode),
-        )
+    with pytest.raises(ValueError, match="a GateNormalizer"):
+        divided(cut(whole, 2), "opd", False, gate, backend="reference")
 
 
 def test_the_first_micro_batch_is_weighed_as_if_alone():
@@ -165,13 +162,13 @@ def test_weights_beforehand():
         ]
     )
     torch.testing.assert_close(torch.cat(found), whole_weights, rtol=1e-12, atol=0)
-    tokens = int(whole.mask.sum())
+    reduction = dg.Reduction(batch_num_tokens=int(whole.mask.sum()))
     for form, linear in itertools.product(FORMS, (False, True)):
         wanted = undivided(whole, form, linear, gate)
         weight = whole.weight.clone().requires_grad_()
         total = torch.zeros(())
         for part, w in zip(parts, found, strict=True):
-            output, _ = run_part(part, form, linear, weight, w, batch_num_tokens=tokens)
+            output, _ = run_part(part, form, linear, weight, w, reduction=reduction)
             torch.testing.assert_close(output.gate, torch.where(part.mask, w, 0))
             output.loss.backward()
             total = total + output.loss.detach()
@@ -192,16 +189,96 @@ def test_mixed_precision_scaler():
     torch.testing.assert_close(weight.grad, wanted, rtol=1e-10, atol=1e-13)
 
 
+def beside(parts: list[Whole], other: Tensor, after: bool = False) -> tuple[Tensor, Tensor]:
+    """P in two micro-batches, and R in a penalty beside them: before scale_gradients or after."""
+    weight, normalizer = whole_weight(parts), dg.GateNormalizer(GATES["blocks"])
+    for part in parts:
+        loss = run_part(part, "opd", False, weight, normalizer)[0].loss
+        (loss if after else loss + penalty(other)).backward()
+    try:
+        normalizer.scale_gradients([weight] if after else [weight, other])
+    finally:
+        if not after:
+            normalizer.scale_gradients([weight])
+    for _ in parts if after else ():
+        penalty(other).backward()
+    assert weight.grad is not None and other.grad is not None
+    return weight.grad, other.grad
+
+
+def penalty(x: Tensor) -> Tensor:
+    return 0.01 * x.square().mean() / 2
+
+
+def test_a_parameter_that_no_distillation_loss_reaches_is_refused():
+    """Its gradient would get a factor that belongs to the gates."""
+    whole = draw_whole(11)
+    parts = cut(whole, 2)
+    other = torch.linspace(1, 2, 3, dtype=torch.float64).requires_grad_()
+    with pytest.raises(
+        ValueError, match=r"number 1, of shape \[3\], .* none of them reaches: leave"
+    ):
+        beside(parts, other)
+    for got in (other.grad, beside(parts, other.detach().clone().requires_grad_(), True)[1]):
+        torch.testing.assert_close(got, 2 * 0.01 * other.detach() / 3)
+    grad = beside(parts, other.detach().clone().requires_grad_(), True)[0]
+    torch.testing.assert_close(grad, undivided(whole, "opd", False, GATES["blocks"])[1])
+
+
+def test_a_parameter_without_gradient_may_be_among_them():
+    weight, normalizer = draw_whole().weight.requires_grad_(), dg.GateNormalizer()
+    run_part(draw_whole(), "opd", False, weight, normalizer)[0].loss.backward()
+    normalizer.scale_gradients([weight, torch.ones(3, requires_grad=True)])
+
+
+@pytest.mark.parametrize("way", ["no_grad", "inference_mode", "tensors without gradient"])
+@pytest.mark.parametrize("form, linear", [*itertools.product(FORMS, (False, True))])
+def test_calls_that_do_not_train_are_not_collected(form: str, linear: bool, way: str):
+    """Evaluation between two micro-batches, of drifts and sizes that would change the step."""
+    whole, gate = draw_whole(12), GATES["blocks"]
+    wanted = undivided(whole, form, linear, gate)
+    weight, normalizer = whole.weight.clone().requires_grad_(), dg.GateNormalizer(gate)
+    others = dataclasses.replace(draw_whole(13), old=whole.old + 3)
+    for part in cut(whole, 2):
+        evaluate(others, form, linear, normalizer, way)
+        run_part(part, form, linear, weight, normalizer)[0].loss.backward()
+        evaluate(others, form, linear, normalizer, way)
+    assert_same((normalizer.scale_gradients([weight]), weight.grad), wanted)
+
+
+def evaluate(whole: Whole, form: str, linear: bool, gate: Any, way: str) -> None:
+    """The values are those of the gate alone, as of a whole batch."""
+    expected = run_part(whole, form, linear, whole.weight, gate.gate)[0].loss.detach()
+    if way == "tensors without gradient":
+        hidden, weight = whole.hidden, whole.weight
+        student = (hidden, weight) if linear else (hidden @ weight.T,)
+        theirs = (whole.their_hidden, whole.their_weight)
+        teacher = {
+            "opd": (whole.teacher,),
+            "topk": (whole.ids, whole.log_q),
+            "full": theirs if linear else (theirs[0] @ theirs[1].T,),
+        }[form]
+        function = getattr(dg, f"{'linear_' * linear}{form}_loss")
+        got = function(
+            *student, whole.labels, whole.old, *teacher, gate=gate, response_mask=whole.mask
+        )
+    else:
+        with torch.no_grad() if way == "no_grad" else torch.inference_mode():
+            got, _ = run_part(whole, form, linear, whole.weight, gate)
+    torch.testing.assert_close(got.loss.clone(), expected, rtol=1e-12, atol=0)
+
+
 def test_wrong_use():
     whole = draw_whole(10)
-    with pytest.raises(TypeError, match="gate must be a DriftGate; got float"):
+    with pytest.raises(TypeError, match="gate must be a DriftGate or None; got float"):
         dg.GateNormalizer(0.5)
     normalizer = dg.GateNormalizer()
     with pytest.raises(ValueError, match="no loss was called"):
         normalizer.scale_gradients([])
     run_part(whole, "opd", False, whole.weight, normalizer)
+    reduction = dg.Reduction(batch_num_tokens=3)
     with pytest.raises(ValueError, match="must agree"):
-        run_part(whole, "opd", False, whole.weight, normalizer, batch_num_tokens=3)
+        run_part(whole, "opd", False, whole.weight, normalizer, reduction=reduction)
     with pytest.raises(ValueError, match="weights need a gate"):
         dg.GateNormalizer(None).weights([{}])
     zeros = torch.zeros(1, 1)

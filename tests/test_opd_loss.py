@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from support.judge import assert_good, loss_and_grad
+from support.judge import EACH_BACKEND, EACH_FUSED, EACH_WIDE, assert_good, loss_and_grad
 from support.problems import draw
 
-from drift_gate import DriftGate, opd_loss
+from drift_gate import Clip, DriftGate, Reduction, opd_loss
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [
@@ -21,24 +23,28 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes_and_dtypes(shape, dtype):
-    assert_good(draw(*shape, dtype=dtype), "torch")
+@EACH_FUSED
+def test_shapes_and_dtypes(shape, dtype, backend):
+    assert_good(draw(*shape, dtype=dtype), backend)
 
 
 @pytest.mark.parametrize("estimator", ["ppo", "importance", "k1", "k2", "k3"])
-def test_estimators(estimator):
+@EACH_FUSED
+def test_estimators(estimator, backend):
     problem = draw(2, 90, 101, drift=2.0, masked=0.2)  # ratios beyond every clip
-    assert_good(problem, "torch", estimator=estimator)
-    assert_good(problem, "torch", estimator=estimator, advantage_clip=0.5, temperature=0.7)
+    assert_good(problem, backend, estimator=estimator)
+    assert_good(problem, backend, estimator=estimator, clip=Clip(advantage=0.5), temperature=0.7)
 
 
-def test_every_clip_of_ppo_is_active():
+@EACH_FUSED
+def test_every_clip_of_ppo_is_active(backend):
     problem = draw(2, 200, 50, drift=2.0)
-    loose = opd_loss(*problem.arguments(), clip_ratio_low=0.9, clip_ratio_high=50, clip_ratio_c=99)
-    for tight in ({"clip_ratio_low": 0.2}, {"clip_ratio_high": 0.2}, {"clip_ratio_c": 1.5}):
-        options = {"clip_ratio_low": 0.9, "clip_ratio_high": 50, "clip_ratio_c": 99, **tight}
-        assert not torch.equal(opd_loss(*problem.arguments(), **options).loss, loose.loss)
-        assert_good(problem, "torch", **options)
+    wide = Clip(low=0.9, high=50, dual=99)
+    loose = opd_loss(*problem.arguments(), clip=wide)
+    for tight in ({"low": 0.2}, {"high": 0.2}, {"dual": 1.5}):
+        clip = dataclasses.replace(wide, **tight)
+        assert not torch.equal(opd_loss(*problem.arguments(), clip=clip).loss, loose.loss)
+        assert_good(problem, backend, clip=clip)
 
 
 MODES = [
@@ -58,10 +64,11 @@ SIZES = [
 
 @pytest.mark.parametrize("sizes", SIZES, ids=["own", "numbers", "tensors"])
 @pytest.mark.parametrize("mode", MODES)
-def test_loss_agg_modes(mode, sizes):
+@EACH_FUSED
+def test_reductions(mode, sizes, backend):
     problem = draw(4, 40, 60, masked=0.3)
     problem.options["response_mask"][2] = False  # a sequence without a valid position
-    assert_good(problem, "torch", loss_agg_mode=mode, **sizes)
+    assert_good(problem, backend, reduction=Reduction(mode, **sizes))
 
 
 GATES = [
@@ -79,7 +86,8 @@ GATES = [
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("gate", GATES, ids=str)
-def test_gates(gate, packed):
+@EACH_FUSED
+def test_gates(gate, packed, backend):
     shape = (123, 40) if packed else (3, 41, 40)
     problem = draw(*shape, drift=1.5, masked=0.25)
     if packed:  # the second sequence is empty
@@ -87,8 +95,8 @@ def test_gates(gate, packed):
     if gate is not None and gate.granularity == "span":  # ids that recur after others
         generator = torch.Generator().manual_seed(1)
         problem.options["span_ids"] = torch.randint(-3, 3, shape[:-1], generator=generator)
-    assert_good(problem, "torch", gate=gate)
-    assert_good(problem, "torch", gate=gate, loss_agg_mode="seq-mean-token-mean")
+    assert_good(problem, backend, gate=gate)
+    assert_good(problem, backend, gate=gate, reduction="seq-mean-token-mean")
 
 
 def test_float64_stays_float64():
@@ -99,7 +107,7 @@ def test_float64_stays_float64():
     torch.testing.assert_close(grad, truth_grad, rtol=1e-11, atol=1e-14)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@EACH_WIDE
 def test_gradcheck(backend):
     problem = draw(2, 5, 7, masked=0.2).to(torch.float64)
     _, *rest = problem.arguments()
@@ -112,17 +120,16 @@ def test_gradcheck(backend):
     # Away from the clips' kinks, at which finite differences are of no use.
     for estimator in ("importance", "k1", "k2", "k3"):
         assert torch.autograd.gradcheck(lambda z, e=estimator: outputs(z, estimator=e), (logits,))
-    assert torch.autograd.gradcheck(
-        lambda z: outputs(z, clip_ratio_low=0.99, clip_ratio_high=9), (logits,)
-    )
+    wide = Clip(low=0.99, high=9)
+    assert torch.autograd.gradcheck(lambda z: outputs(z, clip=wide), (logits,))
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@EACH_WIDE
 def test_the_gate_is_detached(backend):
     """The gradient is that of the ungated loss with the gate's weights as constants."""
     problem = draw(2, 80, 30, drift=1.0).to(torch.float64)
     gated, grad = loss_and_grad(problem, backend)
-    _, expected = loss_and_grad(problem, backend, gated.gate / 160, gate=None, loss_agg_mode="none")
+    _, expected = loss_and_grad(problem, backend, gated.gate / 160, gate=None, reduction="none")
     torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-14)
 
 
@@ -141,14 +148,15 @@ def test_loss_and_token_loss_both_carry_gradients():
         assert not getattr(result, name).requires_grad
 
 
-def test_invalid_rows_may_hold_anything():
+@EACH_FUSED
+def test_invalid_rows_may_hold_anything(backend):
     problem = draw(2, 60, 30, masked=0.4)
-    clean, clean_grad = loss_and_grad(problem, "torch")
+    clean, clean_grad = loss_and_grad(problem, backend)
     masked = ~problem.options["response_mask"]
     for x in (problem.logits, problem.old_log_probs, problem.teacher_log_probs):
         x[masked] = float("nan")
     problem.labels[masked] = 10**9
-    got, grad = loss_and_grad(problem, "torch")
+    got, grad = loss_and_grad(problem, backend)
     torch.testing.assert_close(got.loss, clean.loss, rtol=0, atol=0)
     torch.testing.assert_close(grad, clean_grad, rtol=0, atol=0)
     for name in ("token_loss", "log_probs", "gate", "drift", "entropy"):
@@ -158,9 +166,9 @@ def test_invalid_rows_may_hold_anything():
 
 @pytest.mark.parametrize("shape", [(0, 5, 7), (2, 0, 7), (0, 7), (2, 3, 7)], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@EACH_BACKEND
 def test_a_batch_without_valid_rows_has_loss_0(shape, mode, backend):
-    problem = draw(*shape, loss_agg_mode=mode)
+    problem = draw(*shape, reduction=mode)
     problem.labels.fill_(-100)
     result, grad = loss_and_grad(
         problem, backend, torch.ones(shape[:-1]) if mode == "none" else None
@@ -171,44 +179,49 @@ def test_a_batch_without_valid_rows_has_loss_0(shape, mode, backend):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_nan_or_infinite_logit_makes_the_loss_nan(poison):
+@EACH_FUSED
+def test_a_nan_or_infinite_logit_makes_the_loss_nan(poison, backend):
     problem = draw(1, 80, 30)
     problem.logits[0, 3, 5] = poison
-    result, grad = loss_and_grad(problem, "torch")
+    result, grad = loss_and_grad(problem, backend)
     assert result.loss.isnan()
     assert grad[0, 3].isnan().all()
 
 
-def test_minus_infinity_is_a_word_without_mass():
+@EACH_FUSED
+def test_minus_infinity_is_a_word_without_mass(backend):
     problem = draw(1, 80, 30)
     problem.logits[..., ::3] = -float("inf")
     problem.labels[:] = problem.labels // 3 * 3 + 1
-    assert_good(problem, "torch", gate=None)
+    assert_good(problem, backend, gate=None)
 
 
-def test_strided_logits_are_not_copied():
+@EACH_FUSED
+def test_strided_logits_are_not_copied(backend):
     """`logits[:, :-1]` of a padded buffer: the view's own values, whatever lies between."""
     problem = draw(2, 40, 50, dtype=torch.bfloat16)
     buffer = torch.full((2, 41, 56), float("nan"), dtype=torch.bfloat16)
     view = buffer[:, :-1, :50].copy_(problem.logits)
-    expected, grad = loss_and_grad(problem, "torch")
+    expected, grad = loss_and_grad(problem, backend)
     problem.logits = view
-    got, strided_grad = loss_and_grad(problem, "torch")
+    got, strided_grad = loss_and_grad(problem, backend)
     assert torch.equal(got.loss, expected.loss)
     assert torch.equal(grad, strided_grad)
 
 
-def test_same_inputs_same_bits():
+@EACH_FUSED
+def test_same_inputs_same_bits(backend):
     problem = draw(3, 200, 257, dtype=torch.bfloat16, masked=0.2)
-    (a, grad_a), (b, grad_b) = (loss_and_grad(problem, "torch") for _ in range(2))
+    (a, grad_a), (b, grad_b) = (loss_and_grad(problem, backend) for _ in range(2))
     assert torch.equal(a.loss, b.loss)
     assert torch.equal(a.gate, b.gate)
     assert torch.equal(grad_a, grad_b)
 
 
-def test_int32_labels_and_other_mask_dtypes():
+@EACH_FUSED
+def test_int32_labels_and_other_mask_dtypes(backend):
     problem = draw(2, 30, 20, masked=0.3)
-    expected, _ = loss_and_grad(problem, "torch")
+    expected, _ = loss_and_grad(problem, backend)
     problem.labels = problem.labels.int()
     problem.options["response_mask"] = problem.options["response_mask"].float()
-    assert torch.equal(loss_and_grad(problem, "torch")[0].loss, expected.loss)
+    assert torch.equal(loss_and_grad(problem, backend)[0].loss, expected.loss)

@@ -10,93 +10,62 @@ import warnings
 import pytest
 import torch
 from drift_gate.bench.measure import peak_bytes
+from support.judge import EACH_FUSED
 from support.problems import draw
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from drift_gate import DriftGate, gate_weights, gather_lse, newline_spans, opd_loss, token_log_probs
-
-OPS = torch.ops.drift_gate
-
-
-def scan_arguments(dtype=torch.float32, grad=True):
-    problem = draw(2, 5, 19, dtype=dtype)
-    logits = problem.logits.requires_grad_(grad)
-    ids = torch.randint(19, (10, 2), generator=torch.Generator().manual_seed(0))
-    valid = torch.arange(10) % 3 > 0
-    return logits, ids, valid
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_opcheck_vocabulary(dtype):
-    logits, ids, valid = scan_arguments(dtype)
-    for mask, entropy in ((valid, True), (None, False)):
-        opcheck(OPS.scan, (logits, ids, mask, 1.5, entropy, False, "torch"))
-    logits = logits.detach()
-    gathered, _, top, log_sum, _ = OPS.scan(logits, ids, valid, 1.0, False, False, "torch")
-    alpha, beta = torch.ones_like(top), torch.ones_like(gathered)
-    arguments = ids, top, log_sum, gathered, valid, alpha, beta, 1.0, "torch"
-    opcheck(OPS.expand, (logits, *arguments))
-    opcheck(OPS.expand_, (logits.clone(), *arguments))
+from drift_gate import (
+    DriftGate,
+    Reduction,
+    gate_weights,
+    gather_lse,
+    newline_spans,
+    opd_loss,
+    token_log_probs,
+)
+from drift_gate.passes.backends import passes_of
 
 
-def test_expand_joins_the_gradients_of_all_results_of_a_scan():
-    logits, ids, _ = scan_arguments(torch.float64)
-    gathered, log_probs, top, log_sum, _ = OPS.scan(logits, ids, None, 1.5, False, False, "torch")
-    z = (1.5 * logits).view(10, 19)
-    eager = z.gather(1, ids), z.log_softmax(-1).gather(1, ids), z.logsumexp(-1)
-    for weights in ((1, 0, 1), (0, 2, 1), (3, 2, 1)):
+def drawn():
+    """float64 logits [2, 5, 19], two ids a row, valid [10]."""
+    ids = torch.randint(19, (2, 5, 2), generator=torch.Generator().manual_seed(0))
+    return draw(2, 5, 19).logits.double().requires_grad_(), ids, torch.arange(10) % 3 > 0
+
+
+def test_gather_lse_joins_the_gradients_of_both_results():
+    logits, ids, _ = drawn()
+    results = gather_lse(logits, ids, temperature=1 / 1.5)
+    z = 1.5 * logits
+    eager = z.gather(-1, ids), z.logsumexp(-1)
+    for weights in ((1, 1), (0, 2), (3, 0)):
         ours, theirs = (
-            sum(w * x.square().sum() for w, x in zip(weights, results, strict=True) if w)
-            for results in ((gathered, log_probs, top.detach() + log_sum), eager)
+            sum(w * x.square().sum() for w, x in zip(weights, pair, strict=True) if w)
+            for pair in (results, eager)
         )
         (got,) = torch.autograd.grad(ours, logits, retain_graph=True)
         (truth,) = torch.autograd.grad(theirs, logits, retain_graph=True)
         torch.testing.assert_close(got, truth)
 
 
-def test_expand_gives_0_in_invalid_rows_whatever_their_betas():
-    logits, ids, valid = scan_arguments(grad=False)
-    gathered, _, top, log_sum, _ = OPS.scan(logits, ids, valid, 1.0, False, False, "torch")
+@EACH_FUSED
+def test_expand_gives_0_in_invalid_rows_whatever_their_betas(backend):
+    logits, ids, valid = drawn()
+    logits, ids, run = logits.detach().float(), ids.view(10, 2), passes_of(backend)
+    gathered, _, top, log_sum, _ = run.scan(logits, ids, valid, 1.0, False)
     alpha, beta = torch.ones_like(top), torch.ones_like(gathered)
-    out = OPS.expand(logits, ids, top, log_sum, gathered, valid, alpha, beta, 1.0, "torch")
+    out = torch.empty_like(logits)
+    run.expand(logits, ids, top, log_sum, gathered, valid, alpha, beta, 1.0, out)
     rows = out.view(10, 19)
     assert rows[~valid].eq(0).all() and rows[valid].ne(0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_topk(dtype):
-    logits, ids, valid = scan_arguments(dtype)
-    opcheck(OPS.gather, (logits, ids, valid, 1.5, False, "torch"))
-    teacher = torch.full(ids.shape, -1.0)
-    teacher[0, 1] = -torch.inf
-    opcheck(OPS.topk_support, (ids, teacher, valid, 19, True, False))
-    present = ids >= 0
-    scores = -torch.rand(ids.shape)
-    for support in ("renormalized", "truncated", "tail"):
-        masses = None if support == "renormalized" else scores.clone()
-        arguments = masses, teacher, present, valid, "jsd", support, 0.3, "torch"
-        opcheck(OPS.topk_rows, (scores.clone().requires_grad_(), *arguments))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_opcheck_rows(dtype):
+def test_opcheck_of_newline_spans():
     problem = draw(3, 20, 11, masked=0.3)
-    new = -torch.rand(60, dtype=dtype)
-    old, teacher = problem.old_log_probs.flatten().to(dtype), new - 0.1
-    labels, mask = problem.labels.flatten(), problem.options["response_mask"].flatten()
-    borders = torch.tensor([0, 20, 60])
-    opcheck(OPS.valid_rows, (labels, mask, borders, -100, 11, True))
-    spans = torch.arange(60) // 9
-    for count in (False, True):
-        for old_or_none in (old, None) if count else (old,):
-            arguments = new, old_or_none, mask, spans, None, 20, "span", 64, "rms", count, "torch"
-            opcheck(OPS.row_blocks, arguments)
-    blocks, _ = OPS.row_blocks(*arguments[:1], old, *arguments[2:])
-    tail = None, 20, 1.0, "batch", "ppo", 0.2, 0.2, 3.0, 1.0, 1.0, "sequences", True, "torch"
-    opcheck(OPS.sampled_token, (new.requires_grad_(), old, teacher, mask, blocks, *tail))
-    opcheck(OPS.sampled_token, (new.detach(), old, None, mask, blocks, *tail))
-    opcheck(OPS.newline_spans, (labels, [3, 4], mask, None, 20, 2, 8))
+    mask = problem.options["response_mask"].flatten()
+    arguments = problem.labels.flatten(), [3, 4], mask, None, 20, 2, 8
+    opcheck(torch.ops.drift_gate.newline_spans, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -125,10 +94,13 @@ def test_compile_traces_the_loss_without_a_break(backend, dynamic):
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss_agg_mode": "none"},
-        {"loss_agg_mode": "seq-mean-token-sum-norm", "gate": None, "estimator": "k3"},
+        {"reduction": "none"},
+        {"reduction": "seq-mean-token-sum-norm", "gate": None, "estimator": "k3"},
         {"gate": DriftGate("sequence", aggregate="rms", normalize="sequence")},
-        {"loss_agg_mode": "seq-mean-token-mean", "global_batch_size": 7, "inplace_backward": True},
+        {
+            "reduction": Reduction("seq-mean-token-mean", global_batch_size=7),
+            "inplace_backward": True,
+        },
     ],
     ids=str,
 )
@@ -204,8 +176,28 @@ def test_double_backward_is_refused():
     problem = draw(2, 30, 40)
     z = problem.logits.requires_grad_()
     (grad,) = torch.autograd.grad(loss_of(z, problem), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="drift_gate"):
+    with pytest.raises(RuntimeError, match="the gradients of drift_gate::opd are not different"):
         grad.sum().backward()
+    with pytest.raises(RuntimeError, match="drift_gate"):
+        (z.sum() + grad.square().sum()).backward()  # a penalty is not left out
+    (again,) = torch.autograd.grad(loss_of(z, problem), z)
+    assert torch.equal(grad, again)
+
+
+def test_modes_of_pytorch_see_one_op():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            names.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    problem, names = draw(2, 30, 40), []
+    with Seen():
+        loss = loss_of(problem.logits.requires_grad_(), problem, inplace_backward=True)
+        loss.backward()
+    assert {x for x in names if "drift_gate" in x} == {
+        "drift_gate.opd.default",
+        "drift_gate.opd_backward.default",
+    }
 
 
 def test_inputs_that_get_no_gradient_may_require_it():

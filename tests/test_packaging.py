@@ -25,7 +25,7 @@ def test_one_top_level_package():
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 def test_the_installation_has_built_the_functions_in_c():
-    code = "from drift_gate import native; print(native._library() is not None)"
+    code = "from drift_gate.passes import native; print(native.library.find() is not None)"
     assert run_python(code, ROOT) == "True\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import time
@@ -34,10 +35,10 @@ CASES |= {
     "mean by sequence": ("opd", True, dg.DriftGate(block_size=4, normalize="sequence"), {}),
     "raw": ("opd", False, dg.DriftGate(block_size=4, normalize="none"), {}),
     "ungated": ("opd", True, None, {"estimator": "k3"}),
-    "sums": ("opd", True, GATE, {"loss_agg_mode": "token-sum"}),
-    "given tokens": ("opd", False, GATE, {"batch_num_tokens": 99.0}),
-    "sequence sums": ("opd", False, GATE, {"loss_agg_mode": "seq-mean-token-sum"}),
-    "sequence means": ("opd", True, GATE, {"loss_agg_mode": "seq-mean-token-mean"}),
+    "sums": ("opd", True, GATE, {"reduction": "token-sum"}),
+    "given tokens": ("opd", False, GATE, {"reduction": dg.Reduction(batch_num_tokens=99.0)}),
+    "sequence sums": ("opd", False, GATE, {"reduction": "seq-mean-token-sum"}),
+    "sequence means": ("opd", True, GATE, {"reduction": "seq-mean-token-mean"}),
 }
 FEWER = ("topk", "full, linear", "opd, linear", "spans", "mean by sequence", "sequence means")
 Result = tuple[Tensor, Tensor]  # a loss and the gradient of the head
@@ -115,29 +116,30 @@ def packed_whole(whole: Whole) -> tuple[Whole, dict[str, Tensor]]:
 
 def every_split(rank: int, ranks: int) -> dict[Any, Result]:
     """Data parallel with micro-batches, sequences cut, and both."""
-    whole, group = draw_whole(), dist.group.WORLD
+    whole, world = draw_whole(), dg.Parallel(group=dist.group.WORLD)
     found: dict[Any, Result] = {}
     for case in CASES if ranks == 2 else FEWER:
         mine = share(whole, rank, ranks)
         for count in (1, 2, 5) if case == "opd, linear" else (1,):
             parts = [share(mine, i, count) for i in range(count)]
-            found["rows", case, count] = over_ranks(parts, case, group=group)
+            found["rows", case, count] = over_ranks(parts, case, parallel=world)
         for layout in ("contiguous", "zigzag"):
             part, position = cut_sequences(whole, rank, ranks, layout)
             for count in (1, 2, 5) if case == "opd, linear" else (1,):
                 parts = [share(part, i, count) for i in range(count)]
                 place = {"position_ids": position[: len(parts[0].labels)]}  # alike in all rows
-                found[layout, case, count] = over_ranks(parts, case, group=group, **place)
+                found[layout, case, count] = over_ranks(parts, case, parallel=world, **place)
     mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("rows", "sequences"))
     rows, along = mesh.get_local_rank("rows"), mesh.get_local_rank("sequences")
     mine, position = cut_sequences(share(whole, rows, 2), along, ranks // 2, "zigzag")
-    extra = {"group": group, "context_parallel_group": mesh.get_group("sequences")}
+    both = dg.Parallel(dist.group.WORLD, context_parallel_group=mesh.get_group("sequences"))
     for case in ("opd, linear", "sequence means", "mean by sequence"):
-        found["both", case, 1] = over_ranks([mine], case, **extra, position_ids=position)
+        found["both", case, 1] = over_ranks([mine], case, parallel=both, position_ids=position)
     halves = [(share(mine, i, 2), position[: len(position) // 2]) for i in range(2)]
     weight, normalizer = whole.weight.clone().requires_grad_(), dg.GateNormalizer(GATE)
     for part, place in halves:
-        output, _ = run_part(part, "opd", True, weight, normalizer, **extra, position_ids=place)
+        options = {"parallel": both, "position_ids": place}
+        output, _ = run_part(part, "opd", True, weight, normalizer, **options)
         output.loss.backward()
     loss = normalizer.scale_gradients(weight)
     dist.all_reduce(loss)
@@ -152,7 +154,8 @@ def packed_splits(rank: int, ranks: int) -> dict[str, Result]:
     lengths = torch.tensor([len(part.labels)])
     dist.all_reduce(lengths, dist.ReduceOp.MAX)
     part, options = padded(part, options, int(lengths))
-    return {case: over_ranks([part], case, group=dist.group.WORLD, **options) for case in cases}
+    options["parallel"] = dg.Parallel(group=dist.group.WORLD)
+    return {case: over_ranks([part], case, **options) for case in cases}
 
 
 def padded(part: Whole, options: dict[str, Tensor], rows: int) -> tuple[Whole, dict[str, Tensor]]:
@@ -166,10 +169,34 @@ def padded(part: Whole, options: dict[str, Tensor], rows: int) -> tuple[Whole, d
     }
 
 
+def with_tokens(tokens: Any) -> Whole:
+    """The batch whose response mask is where these sequences are."""
+    whole = draw_whole()
+    return dataclasses.replace(whole, mask=whole.mask & tokens(len(whole.mask))[:, None])
+
+
+TOKENS: dict[str, Any] = {
+    "of the first rank": lambda n: torch.arange(n) < n // 2,
+    "of the last rank": lambda n: torch.arange(n) >= n // 2,
+    "of none": lambda n: torch.zeros(n, dtype=torch.bool),
+}
+ALONE = ("opd", "topk, linear", "full, linear", "ungated", "sequence means", "sequence sums")
+
+
+def one_rank_alone(rank: int, ranks: int) -> dict[Any, Result]:
+    """Ranks without a token beside one that has some; micro-batches without as well."""
+    world, found = dg.Parallel(group=dist.group.WORLD), {}
+    for (who, tokens), case, count in itertools.product(TOKENS.items(), ALONE, (1, 3)):
+        mine = share(with_tokens(tokens), rank, ranks)
+        parts = [share(mine, i, count) for i in range(count)]
+        found[who, case, count] = over_ranks(parts, case, parallel=world)
+    return found
+
+
 def all_works(rank: int, ranks: int) -> dict[str, Any]:
     works = [every_split, packed_splits]
     if ranks == 2:
-        works += [gates_alone, in_engines, troubles, counted_bytes]
+        works += [gates_alone, in_engines, troubles, counted_bytes, one_rank_alone]
     return {work.__name__: work(rank, ranks) for work in works}
 
 
@@ -213,13 +240,22 @@ def gates_alone(rank: int, ranks: int) -> dict[str, Any]:
     whole = draw_whole()
     now = dg.linear_token_log_probs(whole.hidden, whole.weight, whole.labels)[0]
     mine = share(whole, rank, ranks)
-    options = {"response_mask": mine.mask, "group": dist.group.WORLD}
+    options = {"response_mask": mine.mask, "parallel": dg.Parallel(group=dist.group.WORLD)}
     rows = dg.gate_weights(now.tensor_split(ranks)[rank], mine.old, GATE, **options)
     at = positions(rank, ranks, "zigzag")
     part, place = cut_sequences(whole, rank, ranks, "zigzag")
     options["response_mask"] = part.mask
     cut = dg.gate_weights(now[:, at], part.old, GATE, **options, position_ids=place)
     return {"rows": rows._asdict(), "cut": cut._asdict(), "at": at}
+
+
+def test_ranks_without_a_token():
+    for found in of_ranks(2, one_rank_alone):
+        for (who, case, _), got in found.items():
+            wanted = one_process(with_tokens(TOKENS[who]), case)
+            for a, b in zip(got, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+                assert who != "of none" or (a == 0).all()
 
 
 def test_gates_over_ranks():
@@ -262,7 +298,10 @@ def in_engines(rank: int, ranks: int) -> dict[str, Any]:
     whole = draw_whole()
     mine = share(whole, rank, ranks)
     parts = [share(mine, i, 2) for i in range(2)]
-    extra = {"group": dist.group.WORLD, "dp_size": ranks}
+    extra = {
+        "parallel": dg.Parallel(group=dist.group.WORLD),
+        "reduction": dg.Reduction(dp_size=ranks),
+    }
     ddp = DistributedDataParallel(Model(whole))
     found = {"ddp": (step(ddp, parts, **extra), [p.grad for p in ddp.parameters()])}
     sharded = Model(whole)
@@ -299,11 +338,11 @@ def counted_bytes(rank: int, ranks: int) -> list[int]:
 
     setattr(dist, name, counting)
     whole = draw_whole()
-    group = dist.group.WORLD
-    run_part(share(whole, rank, ranks), "opd", False, whole.weight, GATE, group=group)
+    options: dict[str, Any] = {"parallel": dg.Parallel(group=dist.group.WORLD)}
+    run_part(share(whole, rank, ranks), "opd", False, whole.weight, GATE, **options)
     rows, sent = sent, []
     part, position = cut_sequences(whole, rank, ranks, "zigzag")
-    run_part(part, "opd", False, whole.weight, GATE, group=group, position_ids=position)
+    run_part(part, "opd", False, whole.weight, GATE, **options, position_ids=position)
     return [sum(rows), sum(sent), part.labels.numel()]
 
 
@@ -316,13 +355,13 @@ def test_bytes_on_the_wire():
 
 def troubles(rank: int, ranks: int) -> list[str]:
     """What each wrong call raises on this rank, and how long that takes."""
-    whole, group = draw_whole(), dist.group.WORLD
+    whole, world = draw_whole(), dist.group.WORLD
     part, position = cut_sequences(whole, rank, ranks, "contiguous")
     said = []
 
     def attempt(part: Whole = part, gate: Any = GATE, **options: Any) -> None:
         begin = time.perf_counter()
-        options = {"group": group, **options}
+        options = {"parallel": dg.Parallel(group=world), **options}
         with pytest.raises((ValueError, RuntimeError)) as error:
             run_part(part, "opd", True, whole.weight, gate, **options)
         said.append(str(error.value))
@@ -337,8 +376,16 @@ def troubles(rank: int, ranks: int) -> list[str]:
         bad.labels = bad.labels + 1000
     attempt(bad)
     attempt(position_ids=positions(0, ranks, "contiguous").expand(len(part.labels), -1))
-    attempt(group=None, context_parallel_group=group)
+    attempt(parallel=dg.Parallel(context_parallel_group=world))
+    for clip in (dg.Clip(low=0.2 + rank), dg.Clip(advantage=1.0 + rank), dg.Clip(dual=3.0 + rank)):
+        attempt(clip=clip)
+    attempt(estimator="k2", teacher_log_prob_min=-9.0 + rank)
     return said
+
+
+CLIPS = (
+    "low: 0.2 and 1.2", "advantage_high: 1.0 and 2.0", "dual: 3.0 and 4.0", "floor: -9.0 and -8.0"
+)  # fmt: skip
 
 
 def test_ranks_that_disagree_or_fail():
@@ -349,12 +396,16 @@ def test_ranks_that_disagree_or_fail():
         assert "ranks 0 and 1 disagree about estimator: ppo and k3" in said[1]
         assert "disagree about the shape of labels: [40, 6] and [39, 6]" in said[2]
         assert "position_ids must name each valid position of a sequence once" in said[4]
-        assert "position_ids must be given where context_parallel_group is; got None" in said[5]
-    assert "rank 0 stops, because rank 1 of group failed: ValueError: labels must lie" in first[3]
+        assert "position_ids must be given where parallel.context_parallel_group is" in said[5]
+        assert said[5].endswith("got None")
+        for clip, found in zip(CLIPS, said[6:], strict=True):
+            assert f"ranks 0 and 1 disagree about {clip}" in found
+    assert first[3].startswith("rank 0 stops, because rank 1 of ")
+    assert "group failed: ValueError: labels must lie" in first[3]
     assert second[3].startswith("labels must lie in [0, 37)")
 
 
 def test_arguments():
     whole = draw_whole()
-    with pytest.raises(TypeError, match="group must be a torch.distributed.ProcessGroup"):
-        run_part(whole, "opd", False, whole.weight, GATE, group=3)
+    with pytest.raises(TypeError, match="parallel.group must be a torch.distributed.Proc"):
+        run_part(whole, "opd", False, whole.weight, GATE, parallel=dg.Parallel(group=3))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.judge import loss_and_grad
+from support.judge import EACH_WIDE, loss_and_grad
 from support.problems import draw
 from torch import Tensor
 
-from drift_gate import DriftGate, gather_lse, opd_loss, token_log_probs
+from drift_gate import Clip, DriftGate, Reduction, gather_lse, opd_loss, token_log_probs
 
 
 def agg_loss(
@@ -41,7 +41,7 @@ def vanilla_ppo(new: Tensor, old: Tensor, advantage: Tensor, low=0.2, high=0.2, 
     return out
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@EACH_WIDE
 @pytest.mark.parametrize("sizes", [{}, {"batch_num_tokens": 77, "global_batch_size": 5,
                                         "dp_size": 2, "loss_scale_factor": 33}])  # fmt: skip
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ def vanilla_ppo(new: Tensor, old: Tensor, advantage: Tensor, low=0.2, high=0.2, 
         "seq-mean-token-mean",
     ],
 )
-def test_loss_agg_mode_is_verls(mode, sizes, backend):
+def test_the_reduction_is_verls_agg_loss(mode, sizes, backend):
     problem = draw(4, 30, 20, masked=0.4).to(torch.float64)
     problem.options["response_mask"][1] = False
     result = opd_loss(
-        *problem.arguments(), **problem.options, loss_agg_mode=mode, **sizes, backend=backend
+        *problem.arguments(), **problem.options, reduction=Reduction(mode, **sizes), backend=backend
     )
     mask = problem.options["response_mask"].double()
     if mode in ("token-mean", "token-sum"):
@@ -67,11 +67,11 @@ def test_loss_agg_mode_is_verls(mode, sizes, backend):
     torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@EACH_WIDE
 def test_ppo_is_the_clipped_surrogate_of_the_frozen_advantage(backend):
     problem = draw(1, 300, 20, drift=1.5).to(torch.float64)
     result = opd_loss(
-        *problem.arguments(), gate=None, loss_agg_mode="none", clip_ratio_c=1.5, backend=backend
+        *problem.arguments(), gate=None, reduction="none", clip=Clip(dual=1.5), backend=backend
     )
     old, teacher = problem.old_log_probs[0], problem.teacher_log_probs[0]
     new = problem.logits[0].log_softmax(-1).gather(1, problem.labels[0][:, None])[:, 0]
@@ -86,7 +86,7 @@ def test_ppo_is_the_clipped_surrogate_of_the_frozen_advantage(backend):
     torch.testing.assert_close(result.metrics["ppo_kl"], (old - new).clamp(-20, 20).mean())
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@EACH_WIDE
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_estimators_are_verls_kl_penalty_with_the_teacher_as_reference(estimator, backend):
     """Value and gradient; large gaps reach k3's clamps (20 on the log-ratio, 10 on the value)."""
@@ -94,7 +94,7 @@ def test_estimators_are_verls_kl_penalty_with_the_teacher_as_reference(estimator
     problem.teacher_log_probs[0, :50] += torch.linspace(-25, 25, 50)
     result, grad = loss_and_grad(
         problem, backend, torch.ones(1, 200, dtype=torch.float64),
-        gate=None, estimator=estimator, loss_agg_mode="none",
+        gate=None, estimator=estimator, reduction="none",
     )  # fmt: skip
     z = problem.logits.clone().requires_grad_()
     new = z.log_softmax(-1).gather(-1, problem.labels[..., None])[..., 0]
@@ -111,24 +111,24 @@ def test_estimators_are_verls_kl_penalty_with_the_teacher_as_reference(estimator
     torch.testing.assert_close(grad, expected_grad)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@EACH_WIDE
 def test_importance_is_the_unclipped_surrogate(backend):
     problem = draw(1, 100, 20, drift=1.5).to(torch.float64)
     _, labels, old, teacher = problem.arguments()
     result = opd_loss(
-        *problem.arguments(), gate=None, estimator="importance", advantage_clip=0.7,
-        loss_agg_mode="none", temperature=1.7, backend=backend,
+        *problem.arguments(), gate=None, estimator="importance", clip=Clip(advantage=0.7),
+        reduction="none", temperature=1.7, backend=backend,
     )  # fmt: skip
     new = (problem.logits / 1.7).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     expected = -(teacher - old).clamp(-0.7, 0.7) * (new - old).exp()
     torch.testing.assert_close(result.loss, expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@EACH_WIDE
 def test_the_gated_loss_is_the_weighted_one(backend):
     """Gating the advantage gates the loss: PPO's clips are homogeneous in it."""
     problem = draw(2, 100, 20, drift=1.0, masked=0.2).to(torch.float64)
-    common = {**problem.options, "backend": backend, "loss_agg_mode": "none"}
+    common = {**problem.options, "backend": backend, "reduction": "none"}
     gated = opd_loss(*problem.arguments(), gate=DriftGate(block_size=16), **common)
     plain = opd_loss(*problem.arguments(), gate=None, **common)
     torch.testing.assert_close(gated.loss, gated.gate * plain.loss)
@@ -140,7 +140,7 @@ def test_the_gated_loss_is_the_weighted_one(backend):
     torch.testing.assert_close(gated.loss[valid], moved.loss[valid])
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@EACH_WIDE
 def test_gather_lse_and_token_log_probs(backend):
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(2, 6, 40, dtype=torch.float64, generator=generator).requires_grad_()

@@ -9,7 +9,6 @@ import torch
 pytest.importorskip("triton")
 
 from conftest import KERNELS
-from drift_gate.bench.measure import peak_bytes
 from support import toy_kernels
 from support.compile_check import TARGETS, Report, check, report
 from support.launches import compile_only, record_launches
@@ -17,6 +16,7 @@ from support.launches import compile_only, record_launches
 from drift_gate.budget import assert_as_good_as
 from drift_gate.fuzz.bounds import Extents, KernelFault
 from drift_gate.fuzz.memory import nan_filled_memory
+from drift_gate.measure import peak_bytes
 
 compiles = pytest.mark.skipif(KERNELS == "interpret", reason="interpreted kernels do not compile")
 checked = pytest.mark.skipif(

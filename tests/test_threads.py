@@ -1,4 +1,4 @@
-"""The PyTorch backend's threads: the same bits for any number, and nothing left behind."""
+"""Threads that share a pass: the same bits for any number, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import time
 import pytest
 import torch
 from support.heads import draw_head, run_head
-from support.judge import loss_and_grad
+from support.judge import EACH_FUSED, loss_and_grad
 from support.problems import draw
 
-from drift_gate import literals
-from drift_gate.threads import share
+from drift_gate.passes.threads import share
 
 
 @pytest.fixture
@@ -25,12 +24,13 @@ def set_threads():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_any_number_of_threads_gives_the_same_bits(set_threads, dtype):
+@EACH_FUSED
+def test_any_number_of_threads_gives_the_same_bits(set_threads, dtype, backend):
     problem = draw(3, 40, 9001, dtype=dtype, masked=0.3)
     results = []
     for threads in (1, 2, 3):
         set_threads(threads)
-        results.append(loss_and_grad(problem, "torch"))
+        results.append(loss_and_grad(problem, backend))
         assert torch.get_num_threads() == threads
     (one, one_grad), *others = results
     for other, grad in others:
@@ -39,14 +39,15 @@ def test_any_number_of_threads_gives_the_same_bits(set_threads, dtype):
         assert torch.equal(grad, one_grad)
 
 
-def test_in_place_and_from_several_threads_at_once(set_threads):
+@EACH_FUSED
+def test_in_place_and_from_several_threads_at_once(set_threads, backend):
     set_threads(2)
     problem = draw(2, 30, 20_000, masked=0.2)
-    _, expected = loss_and_grad(problem, "torch")
+    _, expected = loss_and_grad(problem, backend)
     results: list[torch.Tensor] = []
 
     def work():
-        results.append(loss_and_grad(problem, "torch", inplace_backward=True)[1])
+        results.append(loss_and_grad(problem, backend, inplace_backward=True)[1])
 
     callers = [threading.Thread(target=work) for _ in range(3)]
     for caller in callers:
@@ -112,14 +113,15 @@ def busy_collector():
     gc.set_threshold(*before)
 
 
-def test_options_are_read_in_one_thread_while_another_reads(busy_collector):
+@EACH_FUSED
+def test_calls_in_several_threads_while_garbage_is_collected(busy_collector, backend):
     problem = draw_head("opd", 1, 3)
     failed: list[BaseException] = []
 
     def work() -> None:
         try:
             for _ in range(30):
-                run_head(problem, "torch")
+                run_head(problem, backend)
         except BaseException as error:
             failed.append(error)
 
@@ -129,10 +131,3 @@ def test_options_are_read_in_one_thread_while_another_reads(busy_collector):
     for worker in workers:
         worker.join()
     assert not failed
-
-
-@pytest.mark.parametrize(
-    "values", [[1, 0.1, None, True, False, [], [[2]]], ["", 'a"b\\c', "[1,2]"]]
-)
-def test_options_are_read_as_they_were_written(values):
-    assert literals.read(literals.written(values)) == values

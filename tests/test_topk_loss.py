@@ -1,4 +1,4 @@
-"""`topk_loss`: the nine divergences against formulas, float64, and each other."""
+"""`topk_loss`: its divergences against formulas, the float64 reference, and each other."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import itertools
 
 import pytest
 import torch
-from support.judge import assert_same_budget
+from support.judge import EACH_BACKEND, EACH_FUSED, EACH_WIDE, assert_same_budget
 from support.problems import draw_topk
 from torch import Tensor
 
 from drift_gate import DriftGate, topk_loss
+from drift_gate.choices import DIRECTIONS, SUPPORTS
 
-DIRECTIONS = ["reverse", "forward", "jsd"]
-SUPPORTS = ["renormalized", "truncated", "tail"]
 PAIRS = list(itertools.product(DIRECTIONS, SUPPORTS))
 EACH_PAIR = pytest.mark.parametrize(("direction", "support"), PAIRS)
 
@@ -25,11 +24,11 @@ def listed_log_probs(problem, temperature=1.0) -> Tensor:
 
 
 def run(problem, **options):
-    arguments = {**problem.options, "gate": None, "loss_agg_mode": "none", **options}
+    arguments = {**problem.options, "gate": None, "reduction": "none", **options}
     return topk_loss(*problem.arguments(), **arguments)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@EACH_WIDE
 def test_lsm_as_in_its_paper(backend):
     """arXiv 2603.25562: both softmaxed over the teacher's top K, KL(student || teacher)."""
     problem = draw_topk(1, 40, 50, k=8).to(torch.float64)
@@ -41,7 +40,7 @@ def test_lsm_as_in_its_paper(backend):
     assert (result.loss >= 0).all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@EACH_WIDE
 def test_truncated_forward_kl_as_verl_computes_it(backend):
     problem = draw_topk(1, 40, 50, k=8).to(torch.float64)
     result = run(problem, direction="forward", support="truncated", backend=backend)
@@ -57,7 +56,7 @@ def test_truncated_values_may_be_negative_and_are_not_clamped():
     assert (run(problem, direction="forward", support="truncated").loss < 0).any()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@EACH_WIDE
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_generalised_jsd_as_trl_computes_it(support, beta, backend):
@@ -76,7 +75,7 @@ def test_generalised_jsd_as_trl_computes_it(support, beta, backend):
     torch.testing.assert_close(result.metrics["overlap"], overlap)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@EACH_WIDE
 @EACH_PAIR
 def test_gradcheck(direction, support, backend):
     problem = draw_topk(1, 4, 9, k=3, teacher_share=0.9).to(torch.float64)
@@ -86,29 +85,31 @@ def test_gradcheck(direction, support, backend):
     options = {"direction": direction, "support": support, "beta": 0.3, "temperature": 0.8}
 
     def losses(z):
-        return topk_loss(z, *rest, **options, gate=None, loss_agg_mode="none", backend=backend).loss
+        return topk_loss(z, *rest, **options, gate=None, reduction="none", backend=backend).loss
 
     assert torch.autograd.gradcheck(losses, (problem.logits.requires_grad_(),))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @EACH_PAIR
-def test_error_budget(direction, support, dtype):
+@EACH_FUSED
+def test_error_budget(direction, support, dtype, backend):
     """Of many rows: the worst is one whose tail has little mass, and how wrong it is chance."""
     problem = draw_topk(8, 60, 301, k=12, dtype=dtype, masked=0.2, teacher_share=0.95)
     options = {"direction": direction, "support": support, "beta": 0.3}
-    assert_same_budget(topk_loss, problem, "torch", **options)
+    assert_same_budget(topk_loss, problem, backend, **options)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_gates_and_reductions(packed):
+@EACH_FUSED
+def test_gates_and_reductions(packed, backend):
     shape = (123, 40) if packed else (3, 41, 40)
     problem = draw_topk(*shape, k=5, masked=0.3)
     if packed:
         problem.options["cu_seqlens"] = torch.tensor([0, 17, 17, 70, 123])
     for gate in (DriftGate(block_size=9, aggregate="rms"), DriftGate("token"), None):
         for mode in ("token-mean", "seq-mean-token-mean"):
-            assert_same_budget(topk_loss, problem, "torch", gate=gate, loss_agg_mode=mode)
+            assert_same_budget(topk_loss, problem, backend, gate=gate, reduction=mode)
 
 
 @EACH_PAIR
@@ -129,13 +130,13 @@ def test_missing_entries_are_left_out(direction, support):
     torch.testing.assert_close(grad, expected_grad)
 
 
-def loss_and_grad(problem, backend="torch", **options):
+def loss_and_grad(problem, backend="auto", **options):
     z = problem.logits.clone().requires_grad_()
     result = topk_loss(z, *problem.arguments()[1:], **problem.options, **options, backend=backend)
     return result, torch.autograd.grad(result.loss, z)[0]
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@EACH_BACKEND
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_a_position_without_support_is_not_valid(support, backend):
     problem = draw_topk(1, 20, 50, k=4)
@@ -150,20 +151,49 @@ def test_a_position_without_support_is_not_valid(support, backend):
     torch.testing.assert_close(grad, expected_grad)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_a_word_listed_twice_counts_twice_or_raises(backend):
+@EACH_BACKEND
+def test_a_word_listed_twice_counts_once_or_raises(backend):
     problem = draw_topk(1, 20, 50, k=4)
     problem.ids[..., 3] = problem.ids[..., 0]
     with pytest.raises(ValueError, match="must not list a word twice in a row; got .* in row 0"):
         run(problem, validate=True)
-    _, grad = loss_and_grad(problem, backend, direction="forward")
-    z = problem.logits.double().requires_grad_()
-    listed = z.gather(-1, problem.ids)
-    q = problem.teacher.double().softmax(-1)
-    loss = (q * (q.log() - listed.log_softmax(-1))).sum(-1)
-    weights = topk_loss(*problem.arguments(), direction="forward").gate.double()
-    (expected,) = torch.autograd.grad((weights * loss).mean(), z)
-    torch.testing.assert_close(grad, expected.float())
+    result, grad = loss_and_grad(problem, backend, direction="forward")
+    assert result.metrics["duplicate_words"] == 20
+    problem.ids, problem.teacher = problem.ids[..., :3], problem.teacher[..., :3]
+    once, expected = loss_and_grad(problem, backend, direction="forward")
+    torch.testing.assert_close(result.loss, once.loss)
+    torch.testing.assert_close(grad, expected)
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_words_that_only_the_teacher_has(support, backend):
+    """They raise, or are left out on request, as -1 is."""
+    problem = draw_topk(1, 20, 50, k=6)
+    problem.ids[0, ::3, 2] = 50
+    problem.ids[0, 1::3, 0] = 10**6
+    if backend != "reference":  # which indexes with them
+        wanted = r"\[0, 50\) or be -1 .* got 50 at row 0, entry 2 \(ignore_unknown_ids=True leaves"
+        with pytest.raises(ValueError, match=wanted):
+            run(problem, support=support, backend=backend)
+    options = {"support": support, "backend": backend}
+    got, grad = loss_and_grad(problem, ignore_unknown_ids=True, **options)
+    problem.ids[problem.ids >= 50] = -1
+    expected, expected_grad = loss_and_grad(problem, **options)
+    assert torch.equal(got.loss, expected.loss) and torch.equal(grad, expected_grad)
+
+
+@EACH_BACKEND
+def test_lists_may_be_longer_than_the_vocabulary(backend):
+    """All words, as verl lists them: the sampled one first, then the likeliest."""
+    problem = draw_topk(1, 20, 50, k=50)
+    expected, expected_grad = loss_and_grad(problem, backend, support="truncated")
+    for name in ("ids", "teacher"):
+        x = getattr(problem, name)
+        setattr(problem, name, torch.cat([x[..., 7:8], x], -1))
+    result, grad = loss_and_grad(problem, backend, support="truncated")
+    torch.testing.assert_close(result.loss, expected.loss)
+    torch.testing.assert_close(grad, expected_grad)
 
 
 def test_raw_teacher_logits_do_for_the_renormalised_support():
@@ -217,10 +247,10 @@ def test_inplace_backward_and_compile():
     [
         ({"direction": "backward"}, "direction must be one of reverse, forward, jsd"),
         ({"support": "full"}, "support must be one of renormalized, truncated, tail"),
-        ({"beta": 1.0}, "beta must be less than 1; got 1.0"),
-        ({"beta": 0}, "beta must be finite and greater than 0"),
+        ({"beta": 1.1}, "beta must be at most 1; got 1.1"),
+        ({"beta": -1}, "beta must be finite and at least 0; got -1"),
+        ({"k": 0}, "must list at least one word a row; got K = 0"),
         ({"k": 1}, "at least 2 words with support 'renormalized'"),
-        ({"k": 51}, "between 1 and V = 50 words a row; got K = 51"),
         ({"ids": 50}, r"teacher_topk_ids must lie in \[0, 50\) or be -1 where missing; got 50"),
         ({"ids": -2}, r"teacher_topk_ids must lie in \[0, 50\) or be -1 where missing; got -2"),
         ({"labels": None}, "labels must be a tensor where a gate or old_log_probs are used"),

@@ -71,14 +71,16 @@ def settings(folder, config=GatedDistillationConfig, **changes):
     return config(**options | changes)
 
 
-def run(folder, trainer=FixedGated, teacher_width=16, dataset=None, **changes):
+def run(
+    folder, trainer=FixedGated, teacher_width=16, dataset=None, student=None, teacher=None, **more
+):
     """Train; returns the trainer and the gradients of its steps."""
     gated = issubclass(trainer, GatedDistillationTrainer)
     config = GatedDistillationConfig if gated else DistillationConfig
     seen = Gradients()
     made = trainer(
-        model=tiny.model(1), teacher_model=tiny.model(2, teacher_width),
-        args=settings(folder, config, **changes), processing_class=tiny.tokenizer(),
+        model=student or tiny.model(1), teacher_model=teacher or tiny.model(2, teacher_width),
+        args=settings(folder, config, **more), processing_class=tiny.tokenizer(),
         train_dataset=dataset or Dataset.from_dict({"prompt": PROMPTS}), callbacks=[seen],
     )  # fmt: skip
     made.train()
@@ -171,6 +173,105 @@ def test_ungated_full_loss_is_trl_s_own(tmp_path, beta):
     assert_same(expected[0], gradients[0])
     for name in ("loss", "entropy"):
         torch.testing.assert_close(*(torch.tensor(metric(t, name)) for t in (ours, theirs)))
+
+
+# Heads of other sizes over one tokenizer, as 151,936 and 152,064 rows of Qwen2.5.
+
+PADDED = len(tiny.WORDS) + 6
+
+
+def padded(model, words=PADDED):
+    """The model with rows beyond the tokenizer's words, which are as likely as others."""
+    before = len(tiny.WORDS)
+    model.resize_token_embeddings(words, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[before:] = model.lm_head.weight[: words - before]
+    assert model.config.vocab_size == words
+    return model
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@pytest.mark.parametrize("loss", ["sampled", "topk", "full"])
+def test_heads_of_other_sizes(tmp_path, loss, who):
+    models = {"student": tiny.model(1), "teacher": tiny.model(2, 24)}
+    padded(models[who])
+    trainer, steps = run(
+        tmp_path, GatedDistillationTrainer, **models, loss=loss, teacher_top_k=9, max_steps=2
+    )
+    assert len(steps) == 2
+    assert all(step["lm_head.weight"].abs().max() > 0 for step in steps)
+    drift = metric(trainer, "drift_gate/drift_abs")
+    assert drift[0] < 1e-5 < 1e-3 < drift[1]
+
+
+@pytest.mark.parametrize("loss", ["topk", "full"])
+def test_a_teacher_s_padding_is_left_out(tmp_path, loss):
+    """Lists of all its words, and the whole vocabulary, give what it gives without the padding."""
+    common = dict(loss=loss, max_steps=2)
+    whole, expected = run(tmp_path, teacher_top_k=len(tiny.WORDS), **common)
+    found, gradients = run(tmp_path, teacher=padded(tiny.model(2)), teacher_top_k=PADDED, **common)
+    for step in (0, 1):
+        assert_same(expected[step], gradients[step])
+    torch.testing.assert_close(*(torch.tensor(metric(t, "loss")) for t in (whole, found)))
+
+
+def test_a_student_s_padding_gets_no_gradient_of_the_whole_vocabulary(tmp_path):
+    _, expected = run(tmp_path, loss="full", max_steps=2)
+    _, gradients = run(tmp_path, loss="full", student=padded(tiny.model(1)), max_steps=2)
+    for wanted, step in zip(expected, gradients, strict=True):
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            step[name], rest = step[name].split([len(tiny.WORDS), PADDED - len(tiny.WORDS)])
+            assert (rest == 0).all()
+        assert_same(wanted, step)
+
+
+def test_sampled_words_have_the_padded_teacher_s_log_probs(tmp_path):
+    teacher = padded(tiny.model(2))
+    trainer, _ = run(tmp_path, teacher=teacher, loss="sampled", max_steps=1)
+    (part,) = trainer._buffered_inputs
+    ids, mask = (
+        torch.cat([part[f"prompt_{name}"], part[f"completion_{name}"]], 1)
+        for name in ("ids", "mask")
+    )
+    length = part["completion_ids"].size(1)
+    with torch.no_grad():
+        logits = teacher(ids, attention_mask=mask).logits[:, -length - 1 : -1]
+    wanted = logits.log_softmax(-1).gather(-1, part["completion_ids"][..., None])[..., 0]
+    torch.testing.assert_close(part["teacher_log_probs"], wanted * part["completion_mask"])
+
+
+@pytest.mark.parametrize("loss", ["sampled", "topk", "full"])
+def test_a_sampled_word_that_the_teacher_has_not_is_not_trained_on(tmp_path, monkeypatch, loss):
+    completions = [COMPLETIONS[0], [9, PADDED - 1, 11, tiny.EOS], *COMPLETIONS[2:]]
+    monkeypatch.setattr(sys.modules[__name__], "COMPLETIONS", completions)
+    trainer, steps = run(
+        tmp_path, student=padded(tiny.model(1)), loss=loss, teacher_top_k=5, max_steps=2
+    )
+    (part,) = trainer._buffered_inputs
+    unknown = part["completion_ids"] >= len(tiny.WORDS)
+    assert unknown.sum() == 1 and (part["old_log_probs"][unknown] == 0).all()
+    trained = sum(map(len, completions)) - 1
+    assert part["num_items_in_batch"] == trained
+    for step in steps:
+        assert all(x.isfinite().all() for x in step.values())
+        assert step["lm_head.weight"].abs().max() > 0
+
+
+def test_other_tokenizers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer's 64 words; got vocab_size 64 and 60"):
+        run(tmp_path / "fewer", teacher=tiny.model(2, words=60))
+    folder = str(tmp_path / "teacher")
+    teacher, tokenizer = padded(tiny.model(2)), tiny.tokenizer()
+    teacher.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    run(tmp_path / "same", teacher=folder)
+    vocabulary = Path(folder, "tokenizer.json")
+    text = vocabulary.read_text()
+    for one, other in (("w7", "?"), ("w8", "w7"), ("?", "w8")):
+        text = text.replace(f'"{one}"', f'"{other}"')
+    vocabulary.write_text(text)
+    with pytest.raises(ValueError, match="must have the student's tokenizer .* got the id"):
+        run(tmp_path / "other", teacher=folder)
 
 
 def test_evaluation_scores_what_it_samples(tmp_path):

@@ -21,7 +21,7 @@ from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_pad
 
 import drift_gate as dg
 from drift_gate.integrations import verl as integration
-from drift_gate.topk_lists import Kind
+from drift_gate.integrations.verl import Kind
 
 PROMPTS, RESPONSES = [4, 2, 3], [7, 5, 6]  # lengths: no two sequences are padded alike
 WIDTH, LONGEST = max(PROMPTS), max(RESPONSES)
@@ -137,7 +137,7 @@ def direct(case: Case, loss, *teacher: torch.Tensor, agg_mode: str = "token-mean
     logits = case.response(case.logits[0])
     result = loss(
         logits, case.labels, case.old, *(case.response(x) for x in teacher),
-        response_mask=case.mask, loss_agg_mode=agg_mode, **SIZES, **options,
+        response_mask=case.mask, reduction=dg.Reduction(agg_mode, **SIZES), **options,
     )  # fmt: skip
     return result.loss.detach(), torch.autograd.grad(result.loss, case.logits)[0]
 

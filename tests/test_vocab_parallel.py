@@ -18,12 +18,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.library import opcheck
 
 import drift_gate as dg
-from drift_gate.ranks import name_of
-
-OPS = torch.ops.drift_gate
+from drift_gate.call.op import Op, flatten
 
 pytestmark = pytest.mark.xdist_group("shards")  # one worker: processes are started once
 GATE = dg.DriftGate(block_size=4)
+HEAD = "softcap", "logit_scale", "chunk_size"  # of the options: the rest is the loss's
 CASES: dict[str, tuple[str, bool, Any, dict[str, Any]]] = {
     f"{form}{', linear' * linear}": (form, linear, GATE, {"return_entropy": True})
     for form, linear in itertools.product(("opd", "topk"), (False, True))
@@ -38,7 +37,7 @@ CASES |= {
 }  # fmt: skip
 CASES |= {
     "k3": ("opd", False, None, {"estimator": "k3", "temperature": 0.7}),
-    "per token": ("opd", True, GATE, {"loss_agg_mode": "none"}),
+    "per token": ("opd", True, GATE, {"reduction": "none"}),
     "capped": ("opd", True, GATE, {"softcap": 3.0, "logit_scale": 0.5, "chunk_size": 70}),
     "capped, sparse": ("topk", True, None, {"softcap": 3.0, "logit_scale": 0.5}),
     "listed words alone": ("topk", False, None, {"without": "labels"}),
@@ -55,8 +54,8 @@ def run(whole: Whole, case: str, weight: Tensor, bias: Tensor, **extra: Any) -> 
     leaves = [x.detach().clone().requires_grad_() for x in (whole.hidden, weight, bias)]
     hidden, weight, bias = leaves
     if linear:
-        student = (hidden, weight)
-        options["bias"] = bias
+        head = {name: options.pop(name) for name in HEAD if name in options}
+        student = (hidden, dg.Head(weight, bias, **head))
     else:  # in place needs logits that are no leaf
         student = (hidden @ weight.T + bias,)
     rows = [whole.labels, whole.old]
@@ -92,8 +91,8 @@ def words(x: Tensor, rank: int, ranks: int) -> Tensor:
 def losses(rank: int, ranks: int) -> dict[str, dict[str, Tensor]]:
     whole, bias = problem()
     head = words(whole.weight, rank, ranks), words(bias, rank, ranks)
-    group = dist.group.WORLD
-    return {case: run(whole, case, *head, vocab_parallel_group=group) for case in CASES}
+    parallel = dg.Parallel(vocab_parallel_group=dist.group.WORLD)
+    return {case: run(whole, case, *head, parallel=parallel) for case in CASES}
 
 
 def functions_of(
@@ -103,12 +102,11 @@ def functions_of(
     hidden, weight = (x.detach().clone().requires_grad_() for x in (whole.hidden, weight))
     logits = torch.where(rows, -torch.inf, hidden @ weight.T + bias)
     found = {}
-    for name, student in (("", (logits,)), ("linear_", (hidden, weight))):
-        options = {**extra, "bias": bias} if name else extra
+    for name, student in (("", (logits,)), ("linear_", (hidden, dg.Head(weight, bias)))):
         log_probs, entropy = getattr(dg, f"{name}token_log_probs")(
-            *student, whole.labels, return_entropy=True, **options
+            *student, whole.labels, return_entropy=True, **extra
         )
-        z, lse = getattr(dg, f"{name}gather_lse")(*student, whole.ids.clamp(min=0), **options)
+        z, lse = getattr(dg, f"{name}gather_lse")(*student, whole.ids.clamp(min=0), **extra)
         value = log_probs.sum() + (z * lse[..., None]).exp().clamp(max=9).sum()
         grads = torch.autograd.grad(value, (hidden, weight), retain_graph=True)
         if not name and extra:
@@ -130,7 +128,8 @@ def functions(rank: int, ranks: int) -> dict[str, Tensor]:
     whole, bias = problem(1)
     rows = excluded(whole).tensor_split(ranks, -1)[rank]
     head = words(whole.weight, rank, ranks), words(bias, rank, ranks)
-    return functions_of(whole, *head, rows, vocab_parallel_group=dist.group.WORLD)
+    parallel = dg.Parallel(vocab_parallel_group=dist.group.WORLD)
+    return functions_of(whole, *head, rows, parallel=parallel)
 
 
 def with_rows_over_ranks(rank: int, ranks: int) -> dict[str, Tensor]:
@@ -139,11 +138,8 @@ def with_rows_over_ranks(rank: int, ranks: int) -> dict[str, Tensor]:
     whole, bias = problem()
     part = whole.take(lambda x: x.tensor_split(2)[mesh.get_local_rank("rows")])
     at = mesh.get_local_rank("words"), ranks // 2
-    groups = {
-        "group": mesh.get_group("rows"),
-        "vocab_parallel_group": mesh.get_group("words"),
-    }
-    return run(part, "opd, linear", words(whole.weight, *at), words(bias, *at), **groups)
+    both = dg.Parallel(mesh.get_group("rows"), vocab_parallel_group=mesh.get_group("words"))
+    return run(part, "opd, linear", words(whole.weight, *at), words(bias, *at), parallel=both)
 
 
 def dtensors(rank: int, ranks: int) -> dict[str, Any]:
@@ -156,7 +152,7 @@ def dtensors(rank: int, ranks: int) -> dict[str, Any]:
     options = {"gate": GATE, "response_mask": whole.mask}
     rest = whole.labels, whole.old, whole.teacher
     found: dict[str, Any] = {}
-    result = dg.linear_opd_loss(hidden, weight, *rest, bias=shift, **options)
+    result = dg.linear_opd_loss(hidden, dg.Head(weight, shift), *rest, **options)
     grads = torch.autograd.grad(result.loss, (hidden, weight))
     assert grads[1].placements == (Shard(0),)
     found["head"] = [result.loss.detach(), *(x.full_tensor() for x in grads)]
@@ -171,14 +167,32 @@ def dtensors(rank: int, ranks: int) -> dict[str, Any]:
     return found
 
 
+def two_vocabularies(rank: int, ranks: int) -> list[Tensor]:
+    """In turn on one group; this rank's shards may be of one size where the others' are not."""
+    parallel = dg.Parallel(vocab_parallel_group=dist.group.WORLD)
+    found = []
+    for vocab in (10, 9, 10, 9):
+        logits, labels = drawn(vocab)
+        shard = logits.tensor_split(ranks, -1)[rank]
+        found.append(dg.token_log_probs(shard, labels, parallel=parallel)[0])
+    return found
+
+
+def drawn(vocab: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(2, 15, vocab, generator=generator, dtype=torch.float64)
+    return logits, torch.arange(30).view(2, 15) % vocab
+
+
 def troubles(rank: int, ranks: int) -> list[str]:
     whole, _ = problem()
-    weight, group = words(whole.weight, rank, ranks), dist.group.WORLD
+    weight = words(whole.weight, rank, ranks)
+    parallel = dg.Parallel(vocab_parallel_group=dist.group.WORLD)
     said = []
 
     def attempt(part: Whole, **options: Any) -> None:
         with pytest.raises((ValueError, RuntimeError)) as error:
-            run_part(part, "opd", True, weight, GATE, vocab_parallel_group=group, **options)
+            run_part(part, "opd", True, weight, GATE, parallel=parallel, **options)
         said.append(str(error.value))
 
     attempt(whole.take(lambda x: x[: len(x) - rank]))
@@ -187,6 +201,7 @@ def troubles(rank: int, ranks: int) -> list[str]:
     bad = whole.take(lambda x: x)
     bad.labels = bad.labels + VOCAB
     attempt(bad)
+    attempt(whole, clip=dg.Clip(high=0.2 + rank))
     return said
 
 
@@ -201,30 +216,37 @@ def counted_bytes(rank: int, ranks: int) -> tuple[int, int]:
     dist.all_reduce = counting
     whole, _ = problem()
     weight = words(whole.weight, rank, ranks).clone().requires_grad_()
-    options = {"vocab_parallel_group": dist.group.WORLD}
-    run_part(whole, "topk", False, weight, GATE, **options)[0].loss.backward()
+    parallel = dg.Parallel(vocab_parallel_group=dist.group.WORLD)
+    run_part(whole, "topk", False, weight, GATE, parallel=parallel)[0].loss.backward()
     dist.all_reduce = original
     return sum(sent), whole.labels.numel()
 
 
-def opchecks(rank: int, ranks: int) -> None:
-    whole, _ = problem()
-    group = name_of("group", dist.group.WORLD)
-    logits = (whole.hidden @ words(whole.weight, rank, ranks).T).requires_grad_()
-    ids, valid = whole.ids.clamp(min=0).view(-1, 4), whole.mask.view(-1)
-    first = 19 * rank
-    utils = "test_schema", "test_autograd_registration", "test_faketensor"
-    for op, arguments in (
-        (OPS.sharded_scan, (logits, ids, valid, 1.5, True, False, "torch", first, VOCAB, group)),
-        (OPS.gather_ranks, (torch.ones(3), group)),
-        (OPS.max_ranks, (torch.ones(3), group)),
-        (OPS.sum_ranks, (torch.ones(3, requires_grad=True), group)),
-    ):
-        opcheck(op, arguments, test_utils=utils)
+def opchecks(rank: int, ranks: int) -> int:
+    """The ops of the losses over shards, as torch.compile calls them; how many there were."""
+    whole, bias = problem()
+    calls: list[tuple[Op, Any]] = []
+
+    def record(op: Op, x: Any) -> Any:
+        calls.append((op, x))
+        return call(op, x)
+
+    head = words(whole.weight, rank, ranks), words(bias, rank, ranks)
+    parallel = dg.Parallel(vocab_parallel_group=dist.group.WORLD)
+    with pytest.MonkeyPatch.context() as patch:
+        call = Op.__call__
+        patch.setattr(Op, "__call__", record)
+        for case in ("opd", "topk, linear", "jsd, tail", "opd, linear"):
+            run(whole, case, *head, parallel=parallel)
+        functions(rank, ranks)
+    for op, x in calls:
+        utils = "test_schema", "test_autograd_registration", "test_faketensor"
+        opcheck(op.library, tuple(flatten(x)), test_utils=utils)
+    return len({op.name for op, _ in calls})
 
 
 def all_works(rank: int, ranks: int) -> dict[str, Any]:
-    works: list[Callable[..., Any]] = [losses, functions]
+    works: list[Callable[..., Any]] = [losses, functions, two_vocabularies]
     works += [dtensors, troubles, counted_bytes, opchecks] if ranks == 2 else [with_rows_over_ranks]
     return {work.__name__: work(rank, ranks) for work in works}
 
@@ -270,6 +292,16 @@ def test_log_probs_and_logsumexp_of_shards(ranks: int):
     assert_same(of_ranks(ranks, functions), wanted, "functions")
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_two_vocabularies_on_one_group(ranks: int):
+    """10 and 9 words over four ranks: 3, 3, 2, 2 and 3, 2, 2, 2."""
+    for found in of_ranks(ranks, two_vocabularies):
+        for vocab, got in zip((10, 9, 10, 9), found, strict=True):
+            logits, labels = drawn(vocab)
+            wanted = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+            torch.testing.assert_close(got, wanted)
+
+
 def test_rows_and_words_over_ranks():
     whole, bias = problem()
     wanted = run(whole, "opd, linear", whole.weight, bias)
@@ -299,10 +331,11 @@ def test_ranks_that_disagree():
         assert "disagree about temperature: 1.0 and 2.0" in said[1]
         assert 'backend "reference" takes whole rows' in said[2]
         assert "labels must lie in [0, 37)" in said[3]
+        assert "disagree about high: 0.2 and 1.2" in said[4]
 
 
 def test_the_ops_pass_opcheck():
-    assert of_ranks(2, opchecks) == [None, None]
+    assert of_ranks(2, opchecks) == [8, 8]
 
 
 def test_bytes_on_the_wire():

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from drift_gate import native
+from drift_gate.passes import native
 
 HERE = Path(__file__).parent
-NAMES = "opd_loss", "topk_loss", "full_loss", "full_loss_special", "limits", "threads"
+NAMES = "opd_loss", "topk_loss", "full_loss", "full_loss_special", "limits", "threads", "reports"
 FILES = [HERE / f"test_{name}.py" for name in NAMES]
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import eager
+from drift_gate import eager
+
 from ..measure import peak_bytes, quartiles
 from ..peers import plain
 from ..timing import interleaved

@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from drift_gate import Head
+
 logging.disable_progress_bar()  # of transformers; runs have bars of their own
 logging.set_verbosity_error()
 
@@ -75,22 +77,15 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor, last: in
     return output.last_hidden_state[:, -last:]
 
 
-class Head(NamedTuple):
-    """The LM head as the linear losses take it."""
-
-    weight: Tensor  # [V, H]
-    options: dict[str, Any]  # bias, softcap, logit_scale
-
-
 def head_of(model: PreTrainedModel) -> Head:
     """The model's head; what some families do to its logits is in their config."""
     layer = model.get_output_embeddings()
-    options = dict(
+    return Head(
+        layer.weight,
         bias=getattr(layer, "bias", None),
         softcap=getattr(model.config, "final_logit_softcapping", None),
         logit_scale=getattr(model.config, "logit_scale", None) or 1.0,
     )
-    return Head(layer.weight, options)
 
 
 class Pair(NamedTuple):
@@ -167,10 +162,10 @@ def _check_head(flag: str, model: PreTrainedModel) -> None:
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Float32 logits [..., V] of hidden states [..., H], as the model itself makes them."""
     head = head_of(model)
-    logits = torch.nn.functional.linear(hidden, head.weight, head.options["bias"]).float()
-    if head.options["softcap"]:
-        logits = head.options["softcap"] * torch.tanh(logits / head.options["softcap"])
-    return logits * head.options["logit_scale"]
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float()
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits * head.logit_scale
 
 
 def newline_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -54,10 +54,8 @@ def score(
     tokens, mask = (torch.cat(both, 1) for both in zip(prompts, responses, strict=True))
     labels, response_mask = responses
     hidden = hidden_states(pair.student, tokens, mask, labels.shape[1])
-    head = head_of(pair.student)
-    old, _ = linear_token_log_probs(
-        hidden, head.weight, labels, temperature=temperature, backend=backend, **head.options
-    )
+    options = dict(temperature=temperature, backend=backend)
+    old, _ = linear_token_log_probs(hidden, head_of(pair.student), labels, **options)
     teacher = _teacher_scores(pair, tokens, mask, labels, top_k, temperature)
     spans = newline_spans(labels, newlines, response_mask=response_mask)
     return Rollouts(tokens, mask, response_mask, spans, old * response_mask, *teacher)

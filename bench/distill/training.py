@@ -158,14 +158,13 @@ def loss_of(
     variant: Variant, rollouts: Rollouts, hidden: Tensor, student: Any, settings: Settings
 ) -> LossOutput:
     """The variant's loss of a mini-batch, from the student's hidden states [B, R, H]."""
-    head = head_of(student)
     options: dict[str, Any] = dict(
         gate=variant.gate, response_mask=rollouts.response_mask,
-        temperature=settings.temperature, backend=settings.backend, **head.options,
+        temperature=settings.temperature, backend=settings.backend,
     )  # fmt: skip
     if variant.gate is not None and variant.gate.granularity == "span":
         options["span_ids"] = rollouts.spans
-    inputs = hidden, head.weight, rollouts.labels, rollouts.old_log_probs
+    inputs = hidden, head_of(student), rollouts.labels, rollouts.old_log_probs
     if variant.loss == "opd":
         return linear_opd_loss(*inputs, rollouts.teacher_log_probs, **options)
     lists = rollouts.teacher_topk_ids, rollouts.teacher_topk_log_probs

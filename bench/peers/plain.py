@@ -1,7 +1,7 @@
 """Losses as trainers write them in eager PyTorch: the baselines, and what peers leave to do.
 
-Each is a function of log-probs, so that it finishes a peer's work too; `eager.py` has the gate and
-the sampled-token loss.
+Each is a function of log-probs, so that it finishes a peer's work too; `drift_gate/eager.py` has
+the gate and the sampled-token loss.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .. import eager
+from drift_gate import eager
+
 from ..inputs import Work
 
 BLOCK = 64  # rows of a gate's block

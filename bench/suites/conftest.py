@@ -17,13 +17,15 @@ import torch
 from drift_gate.bench import record, timing
 from drift_gate.bench.bounds import Bounds
 from drift_gate.bench.cases import GRIDS, Case
-from drift_gate.bench.harness import UNREACHED, Implementation, Suite, measure
+from drift_gate.bench.harness import UNREACHED, Implementation, Suite
+from drift_gate.bench.host import Entry, HostSuite
 from drift_gate.bench.measure import device_name
 from drift_gate.bench.record import Result
 from drift_gate.bench.replay import CLOCK
 
 WRITTEN = 2.0  # seconds between two writes; one more comes at the end, however it comes
-Measured = tuple[Suite, Case, Implementation]
+AnySuite = Suite | HostSuite
+Measured = tuple[AnySuite, Case, Implementation | Entry]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,7 +69,7 @@ class Session:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def of_case(self, suite: Suite, case: Case) -> dict[str, Result]:
+    def of_case(self, suite: AnySuite, case: Case) -> dict[str, Result]:
         """Measured now, unless it was before. Skips what the budget does not reach."""
         key = suite.name, case
         if key in self.failed:  # and would take as long again
@@ -84,7 +86,7 @@ class Session:
                 self.write()
 
         try:
-            found = measure(suite, case, self.device, bounds, self.wanted[suite.name][case], keep)
+            found = suite.measure(case, self.device, bounds, self.wanted[suite.name][case], keep)
         except Exception as error:
             self.failed[key] = f"{type(error).__name__}: {error}"
             raise
@@ -94,7 +96,7 @@ class Session:
         self.fixed, self.per_item = max(spent - steady, 1e-3), steady / items
         return found
 
-    def end_of(self, suite: Suite, case: Case, now: float) -> float:
+    def end_of(self, suite: AnySuite, case: Case, now: float) -> float:
         """Until when a case may take. Skips it where its suite has no time left.
 
         Of the README's rows none is skipped, and each has its share of the time that is left. In
@@ -134,7 +136,7 @@ KEY = pytest.StashKey[Session]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    suite: Suite = metafunc.module.SUITE
+    suite: AnySuite = metafunc.module.SUITE
     session = metafunc.config.stash[KEY]
     cases = suite.cases(session.grid, session.on_gpu)
     pairs = [

@@ -7,18 +7,16 @@ and K entries (LSM: one write).
 from __future__ import annotations
 
 import torch
-from drift_gate.bench import floors
+from drift_gate.bench import floors, internals
 from drift_gate.bench.cases import Case
 from drift_gate.bench.harness import Implementation, Suite
 from drift_gate.bench.inputs import Work, draw
 from drift_gate.bench.peers.guard import OtherWork, load
 from drift_gate.bench.peers.sampled import hopper_only
 from drift_gate.bench.replay import replay
-from drift_gate.bench.runs import backend, baseline, forward
+from drift_gate.bench.runs import baseline, forward
 from drift_gate.bench.truth import Expected, Outputs, Truth, gradient
 from torch import Tensor
-
-from drift_gate import vocabulary
 
 DENSE, SPARSE = "dense, one entry", "sparse, K entries"
 
@@ -50,19 +48,8 @@ def eager(work: Work):
 def drift_gate_expand(inplace: bool):
     def make(work: Work):
         alpha, ids, beta = coefficients(work)
-        chosen = backend(work.logits)
-        gathered, _, maximum, log_sum, _ = vocabulary.scan(
-            work.logits.detach()[None], ids, None, 1.0, False, False, chosen
-        )
-        row_data = ids, maximum, log_sum, gathered, None, alpha.float(), beta.float(), 1.0, chosen
-
-        def compute(logits: Tensor) -> Outputs:
-            if inplace:
-                vocabulary.expand_(logits.detach()[None], *row_data)
-                return {"grad": logits}
-            return {"grad": vocabulary.expand(logits[None], *row_data)[0]}
-
-        return forward(compute)
+        expand = internals.expansion(work.logits, ids, alpha.float(), beta.float(), inplace)
+        return forward(lambda logits: {"grad": expand(logits)})
 
     return make
 

@@ -56,9 +56,7 @@ def truths(work: Work) -> dict[str, Truth]:
 
 
 def floor(case: Case) -> floors.Floor:
-    """JSD's forward needs one read too, as m is not known before both logsumexps are: it takes
-    two on a GPU, and the floor stays at what a single read would move."""
-    return floors.divergence(case) + floors.divergence_grad(case) + floors.rows(case)
+    return floors.divergence(case, case.what) + floors.divergence_grad(case) + floors.rows(case)
 
 
 SUITE = Suite(

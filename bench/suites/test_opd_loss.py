@@ -113,6 +113,13 @@ def floor(case: Case) -> floors.Floor:
     return once + floors.expand(case, 1) if case.what == TRAIN else once
 
 
+def live(work: Work) -> int:
+    """Rows that PPO does not clip: the backward reads those alone."""
+    now = work.now64.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(plain.Rows(work, torch.float64).sampled(now), now)
+    return int((slope != 0).sum())
+
+
 SUITE = Suite(
     "opd_loss",
     (TRAIN, FORWARD),
@@ -127,6 +134,7 @@ SUITE = Suite(
         *(finished(p, gated, "log-prob; clip and gate eager") for p in sampled.FROM_LOGITS),
         *map(_mean, sampled.MEANS_FROM_LOGITS),
     ),
+    live=live,
 )
 
 

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from drift_gate.bench import floors
+from drift_gate.bench import floors, internals
 from drift_gate.bench.cases import Case
 from drift_gate.bench.harness import Implementation, Suite
 from drift_gate.bench.inputs import Work, draw_rows
 from drift_gate.bench.peers.plain import BLOCK, Rows
 from drift_gate.bench.replay import replay
-from drift_gate.bench.runs import backend, baseline, train
+from drift_gate.bench.runs import baseline, train
 from drift_gate.bench.truth import Expected, Truth
-from torch import Tensor
-
-from drift_gate import rows
 
 
 def drift_gate_rows(work: Work):
-    n, chosen = work.case.rows, backend(work.now)
-    valid = work.old == work.old
-
-    def loss(now: Tensor) -> Tensor:
-        blocks, _ = rows.row_blocks(
-            now.detach(), work.old, valid, None, None, n, "block", BLOCK, "mean", False, chosen
-        )
-        return rows.sampled_token(
-            now, work.old, work.teacher, valid, blocks, None, n, 1.0, "batch", "ppo",
-            0.2, 0.2, 3.0, None, 1.0, "tokens", False, chosen,
-        )[0]  # fmt: skip
-
-    return train(loss)
+    row_data = work.old, work.teacher, BLOCK
+    return train(lambda now: internals.sampled_token_loss(now, *row_data))
 
 
 def truths(work: Work) -> dict[str, Truth]:

@@ -5,18 +5,16 @@ Works: with the entropy, and without.
 
 from __future__ import annotations
 
-from drift_gate.bench import floors
+from drift_gate.bench import floors, internals
 from drift_gate.bench.cases import Case
 from drift_gate.bench.harness import Implementation, Suite
 from drift_gate.bench.inputs import Work, draw
 from drift_gate.bench.peers import plain, sampled
 from drift_gate.bench.peers.guard import LeftOut, OtherWork, Peer, load
 from drift_gate.bench.replay import replay
-from drift_gate.bench.runs import backend, baseline, forward
+from drift_gate.bench.runs import baseline, forward
 from drift_gate.bench.truth import Expected, Outputs, Truth
 from torch import Tensor
-
-from drift_gate import vocabulary
 
 BOTH, ALONE = "log-prob and entropy", "log-prob"
 
@@ -31,12 +29,10 @@ def eager(work: Work):
 
 
 def drift_gate_scan(work: Work):
-    ids, chosen, both = work.labels[:, None], backend(work.logits), work.case.what == BOTH
+    ids, both = work.labels[:, None], work.case.what == BOTH
 
     def compute(logits: Tensor) -> Outputs:
-        _, log_probs, _, _, entropy = vocabulary.scan(
-            logits[None], ids, None, 1.0, both, False, chosen
-        )
+        log_probs, entropy = internals.scan(logits, ids, both)
         return {"log_probs": log_probs[:, 0]} | ({"entropy": entropy} if both else {})
 
     return forward(compute)

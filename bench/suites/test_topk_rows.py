@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import torch
-from drift_gate.bench import floors
+from drift_gate.bench import floors, internals
 from drift_gate.bench.cases import Case
 from drift_gate.bench.harness import Implementation, Suite
 from drift_gate.bench.inputs import Work, draw_rows
 from drift_gate.bench.peers import plain
 from drift_gate.bench.replay import replay
-from drift_gate.bench.runs import backend, baseline, train
+from drift_gate.bench.runs import baseline, train
 from drift_gate.bench.truth import Expected, Truth
-from torch import Tensor
-
-from drift_gate.topk_rows import topk_rows
 
 
 def eager(work: Work):
@@ -21,14 +18,7 @@ def eager(work: Work):
 
 
 def drift_gate_rows(work: Work):
-    chosen = backend(work.scores)
-    present = torch.ones_like(work.scores, dtype=torch.bool)
-    arguments = work.log_q, present, present[:, 0].contiguous(), "reverse", "renormalized", 0.5
-
-    def loss(scores: Tensor) -> Tensor:
-        return topk_rows(scores, None, *arguments, chosen)[0][0].mean()
-
-    return train(loss)
+    return train(lambda scores: internals.local_support_losses(scores, work.log_q).mean())
 
 
 def truths(work: Work) -> dict[str, Truth]:

@@ -16,14 +16,12 @@ MOST_LISTED = 64  # options of a choice that coverage counts one by one
 class Choices:
     """Makes choices by name, and keeps what was offered and what was taken."""
 
-    def __init__(
-        self, pick: Pick, device: torch.device, *, wide: bool, interpreted: bool, longest: int
-    ) -> None:
+    def __init__(self, pick: Pick, device: torch.device) -> None:
         self._pick = pick
         self.device = device
-        self.wide = wide  # whether the backend takes float64
-        self.interpreted = interpreted  # a hundred times slower: small problems
-        self.longest = longest  # list of words
+        self.wide = False  # whether the backend takes float64
+        self.interpreted = False  # a hundred times slower: small problems
+        self.longest = 0  # list of words
         self.taken: dict[str, Any] = {}
         """Only those that are not the first option: this is what a file holds."""
         self.offered: dict[str, tuple[Sequence[Any], Any]] = {}

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..backends import has_triton
+from ..passes.backends import HAS_TRITON
 from . import run
 from .functions import FUNCTIONS
 
@@ -24,7 +24,7 @@ QUIET = 10.0  # seconds between lines where there is no terminal
 
 def interpret() -> str | None:
     """Make Triton's interpreter run the kernels; returns why it cannot, or None."""
-    if not has_triton():
+    if not HAS_TRITON:
         return "--interpret needs the package triton"
     if os.environ.get("TRITON_INTERPRET") != "1" and "triton" in sys.modules:
         return "--interpret comes too late: triton is imported already; set TRITON_INTERPRET=1"
@@ -33,7 +33,7 @@ def interpret() -> str | None:
 
 
 def fuzz(
-    backend: str,
+    backends: tuple[str, ...],
     device: torch.device,
     *,
     seed: int,
@@ -44,9 +44,10 @@ def fuzz(
 ) -> bool:
     """Run, print, and save a failure; whether there was none."""
     console = Console()
-    with _progress(console, backend, device, seed) as progress:
+    named = ", ".join(backends)
+    with _progress(console, named, device, seed) as progress:
         tally = run.fuzz(
-            backend,
+            backends,
             device,
             seed=seed,
             cases=cases,
@@ -64,7 +65,7 @@ def fuzz(
     for line in biased:
         console.print(line, style="red", markup=False)
     console.print(
-        f'{tally.cases:,} cases on backend "{backend}", {device}, seed {seed}: '
+        f'{tally.cases:,} cases on backend "{named}", {device}, seed {seed}: '
         + ("[red]biased[/]" if biased else "[green]no mismatch[/]")
         + f", {tally.rate():.0f} a second"
     )
@@ -97,7 +98,7 @@ def replay(saved: dict[str, Any], backend: str, device: torch.device) -> bool:
 
 @contextmanager
 def _progress(
-    console: Console, backend: str, device: torch.device, seed: int
+    console: Console, backends: str, device: torch.device, seed: int
 ) -> Iterator[Callable[[run.Tally], None]]:
     """A line that follows the run on a terminal, and lines now and then elsewhere."""
     told = time.perf_counter()
@@ -111,7 +112,7 @@ def _progress(
         told = now
         taken, offered = tally.coverage()
         line = (
-            f"{backend} on {device}, seed {seed}: {tally.cases:,} cases, {tally.rate():.0f} a "
+            f"{backends} on {device}, seed {seed}: {tally.cases:,} cases, {tally.rate():.0f} a "
             f"second, {taken} of {offered} options"
         )
         if live is None:
@@ -127,7 +128,7 @@ def _progress(
 
 
 def _describe(console: Console, failure: dict[str, Any]) -> None:
-    for name, value in failure["problem"].items():
+    for name, value in {"backend": failure["backend"], **failure["problem"]}.items():
         console.print(f"  {name}: {value}", markup=False, highlight=False)
     for line in failure["wrong"]:
         console.print(line, style="red", markup=False, highlight=False)

@@ -6,11 +6,10 @@ The arguments are those of a loss, and `valid`, whose shape is that of the rows.
 import torch
 from torch import Tensor
 
-from ..torch_rows import sequence_numbers
+from ..passes.torch.blocks import sequence_numbers
 from .options import Arguments
 
-HEADS = "weight", "bias", "teacher_weight", "teacher_bias"
-WHOLE = (*HEADS, "batch_num_tokens", "global_batch_size", "cu_seqlens")
+WHOLE = "head", "teacher_head", "cu_seqlens"
 """Tensors that are not cut with the rows."""
 LAYOUTS = ("contiguous", "striped")  # of the positions that a rank has
 

@@ -1,18 +1,22 @@
 """One problem, run forward and backward on a backend, in its own dtype or in float64."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import native, row_chunks
+from ..head import sums
 from ..outputs import LossOutput
+from ..passes import native
+from ..passes.native import library
+from ..passes.torch import vocabulary
 from .choices import Choices, Pick
 from .functions import FUNCTIONS, Function
 from .options import Arguments
 from .shapes import VOCABS
+from .tensors import of_inference, replaced, tensors
 
 LOSS_SCALE = 1024.0  # as trainers in float16 scale, to keep gradients out of its subnormals
 LONGEST_LIST = 65  # kernels compile for the length of the lists
@@ -23,6 +27,7 @@ class Problem(NamedTuple):
     """A function with all its arguments."""
 
     name: str
+    backend: str
     choices: Choices
     arguments: Arguments
     leaves: tuple[str, ...]
@@ -37,31 +42,33 @@ class Problem(NamedTuple):
         return FUNCTIONS[self.name]
 
     def saved(self) -> dict[str, Any]:
-        """What a file holds: enough to build the problem again."""
-        return {"function": self.name, **self.choices.taken}
+        """What a file holds beside the backend: enough to build the problem again."""
+        taken = {name: x for name, x in self.choices.taken.items() if name != "backend"}
+        return {"function": self.name, **taken}
 
 
-def build(name: str, pick: Pick, backend: str, device: torch.device) -> Problem:
-    """The problem of these choices."""
-    torch_backend, interpreted = backend == "torch", is_interpreted(backend, device)
-    choose = Choices(
-        pick,
-        device,
-        wide=torch_backend,
-        interpreted=interpreted,
-        longest=VOCABS[-1] if torch_backend else LONGEST_LIST,
-    )
+def build(name: str, pick: Pick, backends: Sequence[str], device: torch.device) -> Problem:
+    """The problem of these choices, for one of the backends."""
+    choose = Choices(pick, device)
+    backend = choose("backend", backends)
+    choose.wide = backend == "torch"
+    choose.interpreted = is_interpreted(backend, device)
+    choose.longest = LONGEST_LIST if backend == "triton" else VOCABS[-1]
     function = FUNCTIONS[name]
     machine = _draw_machine(choose, backend)
     student = function.student(choose)
     arguments, valid, storages = function.rest(choose, student)
     upstream = choose("upstream", ("loss", "tokens", "both"))
+    memory = {**student.storages, **storages}
+    if choose.flag("tensors of inference mode"):
+        arguments, memory = of_inference(arguments, memory, student.leaves)
     return Problem(
         name,
+        backend,
         choose,
         arguments,
         student.leaves,
-        {**student.storages, **storages},
+        memory,
         valid,
         upstream,
         machine,
@@ -74,14 +81,24 @@ def is_interpreted(backend: str, device: torch.device) -> bool:
 
 def _draw_machine(choose: Choices, backend: str) -> dict[str, Any]:
     """Small chunks and tiles bring their borders into small problems."""
-    if backend == "torch":
-        words = choose("words per thread", (1 << 18, 64, 1))
-        threads = choose("threads", (1, 1, 1, 1, 1, 1, 2, 3))
-        return {"threads": threads, "words": words, "native": choose("native", (True, False))}
-    return {
-        "tiles": choose("tiles", ("as shipped", "small")),
-        "programs": choose("programs", (1, 9)),
-    }
+    if backend == "triton":
+        return {
+            "tiles": choose("tiles", ("as shipped", "small")),
+            "programs": choose("programs", (1, 9)),
+        }
+    words = choose("words per thread", (1 << 18, 64, 1))
+    threads = choose("threads", (1, 1, 1, 1, 1, 1, 2, 3))
+    return {"threads": threads, "words": words, "native": backend == "native"}
+
+
+# What a thread takes at a time, and less than which is not shared.
+WORDS = (
+    (vocabulary, "CPU_WORDS"),
+    (library, "MOST_WORDS"),
+    (library, "FEW_WORDS"),
+    (sums, "PRODUCT_WORDS"),
+    (sums, "SLAB_WORDS"),
+)
 
 
 @contextlib.contextmanager
@@ -93,32 +110,35 @@ def set_up(machine: Mapping[str, Any]) -> Iterator[None]:
         with small_tiles(machine["programs"], small=machine["tiles"] == "small"):
             yield
         return
-    threads, words = torch.get_num_threads(), row_chunks.WORDS_PER_THREAD
-    enabled, most_words = native.enabled, native.MOST_WORDS
+    threads, enabled = torch.get_num_threads(), native.enabled
+    before = [getattr(module, name) for module, name in WORDS]
     torch.set_num_threads(machine["threads"])
-    row_chunks.WORDS_PER_THREAD = native.MOST_WORDS = machine["words"]
-    native.enabled = enabled and machine["native"]
+    for module, name in WORDS:
+        setattr(module, name, min(getattr(module, name), machine["words"]))
+    native.enabled = enabled and machine["native"]  # for functions that choose by themselves
     try:
         yield
     finally:
-        row_chunks.WORDS_PER_THREAD, native.MOST_WORDS = words, most_words
+        for (module, name), words in zip(WORDS, before, strict=True):
+            setattr(module, name, words)
         native.enabled = enabled
         torch.set_num_threads(threads)
 
 
-def run_backend(problem: Problem, backend: str) -> tuple[Results, bool]:
-    """Results of a backend, and whether in place the gradient lies where the logits were."""
+def run_backend(problem: Problem) -> tuple[Results, bool]:
+    """Results of its backend, and whether in place the gradient lies where the logits were."""
     arguments = dict(problem.arguments)
     inplace = arguments.get("inplace_backward", False)
-    leaves = {}
+    given, leaves = tensors(arguments), {}
     for name in problem.leaves:
-        leaf = arguments[name]
+        leaf = given[name]
         if inplace:
             storage = problem.storages[name].clone()
             leaf = storage.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
-        leaves[name] = arguments[name] = leaf.detach().requires_grad_()
+        leaves[name] = leaf.detach().requires_grad_()
+    arguments = replaced(arguments, leaves)
     if problem.function.reference is None:
-        arguments["backend"] = backend
+        arguments["backend"] = problem.backend
     with set_up(problem.machine):
         results, gradients = _forward_backward(problem, problem.function.call, arguments, leaves)
     in_place = True
@@ -151,13 +171,12 @@ def run_reference(
     problem: Problem, dtype: torch.dtype | None, change: Callable[[str, Tensor], Tensor]
 ) -> Results:
     """Results of the eager reference, in its own dtype or in float64 after a change of inputs."""
-    arguments = {}
-    for name, value in problem.arguments.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and dtype is not None:
-            value = change(name, value.to(dtype))
-        arguments[name] = value
-    leaves = {name: arguments[name].detach().requires_grad_() for name in problem.leaves}
-    arguments |= leaves
+    given = tensors(problem.arguments)
+    if dtype is not None:
+        floating = {name: x for name, x in given.items() if x.is_floating_point()}
+        given |= {name: change(name, x.to(dtype)) for name, x in floating.items()}
+    leaves = {name: given[name].detach().requires_grad_() for name in problem.leaves}
+    arguments = replaced(problem.arguments, given | leaves)
     call = problem.function.reference
     if call is None:
         call, arguments["backend"] = problem.function.call, "reference"

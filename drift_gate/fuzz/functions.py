@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import (
+    Clip,
     full_loss,
     gate_weights,
     gather_lse,
@@ -20,9 +21,11 @@ from .. import (
     linear_topk_loss,
     newline_spans,
     opd_loss,
+    reference,
     token_log_probs,
     topk_loss,
 )
+from ..choices import ADVANTAGES, DIRECTIONS, ESTIMATORS, FULL_DIRECTIONS, GRANULARITIES, SUPPORTS
 from . import without_logits
 from .choices import Choices
 from .heads import draw_headed, headed, known_log_probs, two_heads
@@ -32,10 +35,14 @@ from .shapes import place
 from .values import draw_dtype, draw_logits, draw_specials
 
 CLIPS = {
-    "verl's": (0.2, 0.2, 3.0, None),
-    "tight": (0.0, 0.0, 1.5, 0.5),
-    "loose": (0.9, 4.0, 20.0, 2.0),
+    "verl's": Clip(),
+    "tight": Clip(low=0.0, high=0.0, dual=1.5, advantage=0.5),
+    "loose": Clip(low=0.9, high=4.0, dual=20.0, advantage=2.0),
+    "without dual": Clip(dual=None),
+    "two bounds": Clip(low=0.1, high=0.3, advantage=(-0.5, 2.0)),
 }
+TEMPERATURES = (None, 1.0, 0.5, 3.0)
+BETAS = (0.5, 0.1, 0.9, 0.0, 1.0)
 
 
 class Function(NamedTuple):
@@ -48,45 +55,59 @@ class Function(NamedTuple):
 
 def opd(choose: Choices, student: Student) -> Asked:
     rows = draw_rows(choose, student)
-    estimator = choose("estimator", ("ppo", "importance", "k1", "k2", "k3"))
-    ratio = estimator in ("ppo", "importance")
-    arguments = draw_gated(choose, student, rows, ungated=not ratio) | {"estimator": estimator}
-    if ratio:
-        low, high, c, bound = CLIPS[choose("clips", tuple(CLIPS))]
-        arguments |= {"clip_ratio_low": low, "clip_ratio_high": high, "clip_ratio_c": c}
-        arguments["advantage_clip"] = bound
-    teacher = rows.log_probs + torch.randn(rows.labels.shape, generator=choose.generator)
-    arguments["teacher_log_probs"] = row_data(
-        choose, "teacher_log_probs", teacher, rows, student.dtype
-    )
-    return Asked(arguments, rows.valid)
+    estimator = choose("estimator", tuple(ESTIMATORS))
+    if not ESTIMATORS[estimator].ratio:
+        arguments = draw_gated(choose, student, rows)
+        if choose.flag("unbounded k3"):
+            arguments["clip"] = Clip(kl=False)
+        given = False
+    else:
+        unit = choose("ratio", tuple(GRANULARITIES))
+        arguments = draw_gated(choose, student, rows, unit) | {"ratio": unit}
+        arguments["clip"] = CLIPS[choose("clip", tuple(CLIPS))]
+        arguments["advantage"] = choose("advantage", ADVANTAGES)
+        given = choose.flag("advantages")
+    arguments["estimator"] = estimator
+    return Asked(arguments | _target(choose, student, rows, given), rows.valid)
+
+
+def _target(choose: Choices, student: Student, rows: Rows, given: bool) -> Arguments:
+    """The teacher's log-probs, or advantages where these are given."""
+    away = torch.randn(rows.labels.shape, generator=choose.generator)
+    if given:
+        advantages = row_data(choose, "advantages", away, rows, student.dtype)
+        return {"advantages": advantages, "teacher_log_probs": None}
+    teacher = rows.log_probs + away
+    data = row_data(choose, "teacher_log_probs", teacher, rows, student.dtype)
+    floor = choose("teacher_log_prob_min", (None, -1.0, -8.0))
+    return {"teacher_log_probs": data, "teacher_log_prob_min": floor}
 
 
 def _labels_optional(choose: Choices, student: Student) -> tuple[Rows, Arguments]:
     """Rows and shared arguments of the losses that need labels for the gate alone."""
     rows = draw_rows(choose, student)
-    arguments = draw_gated(choose, student, rows, ungated=True)
+    arguments = draw_gated(choose, student, rows)
     if arguments["old_log_probs"] is None and choose.flag("no labels"):
         mask = rows.arguments.get("response_mask")
         valid = torch.ones_like(rows.valid) if mask is None else mask.cpu().bool()
         arguments["labels"] = None
-        if isinstance(arguments["gate"], torch.Tensor):  # what was ignored with its label is not
-            known = rows.valid.to(choose.device)
-            arguments["gate"] = torch.where(known, arguments["gate"], 0.5)
+        known = rows.valid.to(choose.device)
+        for name in ("gate", "row_weights"):  # what was ignored with its label is not
+            if isinstance(arguments[name], torch.Tensor):
+                arguments[name] = torch.where(known, arguments[name], 0.5)
         rows = rows._replace(valid=valid)
     return rows, arguments
 
 
-def _direction(choose: Choices) -> Arguments:
-    direction = choose("direction", ("reverse", "forward", "jsd"))
-    return {"direction": direction, "beta": choose("beta", (0.5, 0.1, 0.9))}
+def _direction(choose: Choices, directions: tuple[str, ...]) -> Arguments:
+    return {"direction": choose("direction", directions), "beta": choose("beta", BETAS)}
 
 
 def topk(choose: Choices, student: Student) -> Asked:
     rows, arguments = _labels_optional(choose, student)
     words = student.vocab
-    supports = ("renormalized", "truncated", "tail")
-    support = choose("support", supports if words > 1 else supports[1:])
+    several = words > 1
+    support = choose("support", tuple(x for x in SUPPORTS if several or x != "renormalized"))
     fewest = 2 if support == "renormalized" else 1
     longest = min(words, choose.longest)
     k = choose("k", tuple(k for k in (2, 1, 3, 8, 17, 33, longest) if fewest <= k <= longest))
@@ -95,10 +116,16 @@ def topk(choose: Choices, student: Student) -> Asked:
     log_q += choose("teacher share", (-0.01, -3.0, 0.0))
     if support == "renormalized" and choose.flag("raw teacher logits"):
         log_q += 50.0
-    twice = k > 1 and choose.flag("a word twice")
-    if twice:
+    if k > 1 and choose.flag("a word twice"):
         ids[..., 1] = ids[..., 0]
         arguments["validate"] = False
+    if k > 1 and choose.flag("words in any place again"):
+        ids = ids.gather(-1, torch.randint(k, ids.shape, generator=choose.generator))
+        arguments["validate"] = False
+    arguments["ignore_unknown_ids"] = choose.flag("ignore_unknown_ids")
+    if arguments["ignore_unknown_ids"]:
+        unknown = torch.rand(ids.shape, generator=choose.generator) < 0.2
+        ids = torch.where(unknown, choose("unknown ids", (words, 2**31 - 1)), ids)
     absent = torch.rand(ids.shape, generator=choose.generator) < 0.3
     missing = choose("missing entries", ("none", "id -1", "-inf", "all of a row"))
     if missing == "id -1":
@@ -107,11 +134,15 @@ def topk(choose: Choices, student: Student) -> Asked:
         log_q[absent] = -torch.inf
     elif missing == "all of a row" and ids.numel():
         ids.view(-1, k)[len(ids.view(-1, k)) // 2] = -1
-    present = (ids >= 0) & (log_q > -torch.inf)
+    present = (ids >= 0) & (ids < words) & (log_q > -torch.inf)
     valid = rows.valid & present.any(-1)
     if choose.flag("garbage in ignored lists"):
         ids = torch.where(rows.valid[..., None], ids, 10**7)
-    arguments |= _direction(choose) | {"support": support}
+    arguments |= _direction(choose, DIRECTIONS) | {"support": support}
+    if support == "renormalized":
+        arguments["teacher_temperature"] = choose("teacher temperature", TEMPERATURES)
+    else:
+        arguments["log_prob_floor"] = choose("log_prob_floor", (None, -2.0, -10.0))
     arguments["teacher_topk_ids"] = (ids.int() if choose.flag("int32 ids") else ids).to(
         choose.device
     )
@@ -145,8 +176,8 @@ def full(choose: Choices, student: Student) -> Asked:
     dtype = draw_dtype(choose, "teacher dtype")
     teacher = draw_specials(choose, "teacher special", teacher.to(dtype).float())
     view, storage = place(choose, "teacher", teacher, dtype)
-    arguments |= _direction(choose) | {"teacher_logits": view}
-    arguments["teacher_temperature"] = choose("teacher temperature", (None, 1.0, 0.5, 3.0))
+    arguments |= _direction(choose, FULL_DIRECTIONS) | {"teacher_logits": view}
+    arguments["teacher_temperature"] = choose("teacher temperature", TEMPERATURES)
     return Asked(arguments, rows.valid, {"teacher_logits": storage})
 
 
@@ -203,7 +234,7 @@ FUNCTIONS: dict[str, Function] = {
         in_parts(gate_weights),
         divided(without_logits.gate_rest, ROWS),
         without_logits.draw_positions,
-        undivided(without_logits.reference_gate_weights),
+        undivided(reference.gate_weights),
     ),
     "newline_spans": Function(
         newline_spans,

@@ -5,11 +5,12 @@ them three times more: which of two results is nearer the truth is chance, which
 over seeds.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..options import Head
 from .choices import Choices
 from .options import Arguments, Asked, Student
 from .shapes import draw_shape, draw_vocab, place
@@ -33,31 +34,43 @@ def draw_headed(choose: Choices, kinds: tuple[str, ...] = ("flat", "padded", "pa
 
     size = choose("head", (1.0, 0.0, 4.0))
     hidden, weight = normal(*shape.lead, width), size * normal(vocab, width)
-    finite = hidden @ weight.T
-    arguments: Arguments = {"temperature": choose("temperature", (1.0, 0.7, 2.0))}
-    arguments["chunk_size"] = choose("chunk size", CHUNKS)
-    leaves = ["hidden_states", "weight"]
-    if choose.flag("bias"):
-        bias = normal(vocab)
-        finite = finite + bias
-        arguments["bias"] = bias.to(dtype).to(choose.device)
-        leaves.append("bias")
-    softcap = choose("softcap", (None, 5.0, 0.5))
-    if softcap is not None:
-        finite = softcap * torch.tanh(finite / softcap)
-    logit_scale = choose("logit scale", (1.0, 0.25, 3.0))
-    arguments |= {"softcap": softcap, "logit_scale": logit_scale}
+    head, finite = _draw_head(choose, normal, hidden, weight, dtype)
+    temperature = choose("temperature", (1.0, 0.7, 2.0))
     rows = hidden.reshape(-1, width)
     if choose.flag("nan row") and len(rows):
         rows[len(rows) // 2] = torch.nan
-    storages = {}
-    for name, x in (("hidden_states", rows.view(hidden.shape)), ("weight", weight)):
-        arguments[name], storages[name] = place(choose, name, x, dtype)
-    if "bias" in arguments:
-        storages["bias"] = arguments["bias"]
-    temperature = arguments["temperature"]
-    finite = logit_scale * finite
-    return Student(arguments, tuple(leaves), storages, finite, shape, dtype, temperature)
+    given, around = place(choose, "hidden_states", rows.view(hidden.shape), dtype)
+    arguments: Arguments = {"temperature": temperature, "hidden_states": given, "head": head.given}
+    leaves = ("hidden_states", *head.storages)
+    storages = {"hidden_states": around, **head.storages}
+    return Student(arguments, leaves, storages, finite, shape, dtype, temperature)
+
+
+class Drawn(NamedTuple):
+    given: Head | Tensor
+    storages: dict[str, Tensor]
+    """Memory of its tensors, by path."""
+
+
+def _draw_head(
+    choose: Choices, normal: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype
+) -> tuple[Drawn, Tensor]:
+    """A head of this weight, or the weight alone; and the logits."""
+    finite = hidden @ weight.T
+    view, around = place(choose, "weight", weight, dtype)
+    if choose.flag("a weight as head"):
+        return Drawn(view, {"head": around}), finite
+    storages, bias = {"head.weight": around}, None
+    if choose.flag("bias"):
+        drawn = normal(len(weight))
+        finite = finite + drawn
+        bias = storages["head.bias"] = drawn.to(dtype).to(choose.device)
+    softcap = choose("softcap", (None, 5.0, 0.5))
+    if softcap is not None:
+        finite = softcap * torch.tanh(finite / softcap)
+    scale = choose("logit scale", (1.0, 0.25, 3.0))
+    head = Head(view, bias, softcap, scale, choose("chunk size", CHUNKS))
+    return Drawn(head, storages), scale * finite
 
 
 def headed(rest: Any) -> Any:
@@ -95,13 +108,19 @@ def two_heads(rest: Any) -> Any:
         width, generator = choose("teacher width", (2, 9)), choose.generator
         hidden = torch.randn(*logits.shape[:-1], width, generator=generator)
         weight = torch.randn(logits.shape[-1], width, generator=generator)
-        for name, x in (("teacher_hidden_states", hidden), ("teacher_weight", weight)):
-            arguments[name] = x.to(student.dtype).to(choose.device)
+        arguments["teacher_hidden_states"] = hidden.to(student.dtype).to(choose.device)
+        weight = weight.to(student.dtype).to(choose.device)
+        if choose.flag("a weight as teacher head"):
+            return Asked(arguments | {"teacher_head": weight}, valid, storages)
+        bias = None
         if choose.flag("teacher bias"):
-            bias = torch.randn(len(weight), generator=generator)
-            arguments["teacher_bias"] = bias.to(student.dtype).to(choose.device)
-        arguments["teacher_softcap"] = choose("teacher softcap", (None, 2.0))
-        arguments["teacher_logit_scale"] = choose("teacher logit scale", (1.0, 0.25, 3.0))
+            bias = torch.randn(len(weight), generator=generator).to(student.dtype)
+        arguments["teacher_head"] = Head(
+            weight,
+            None if bias is None else bias.to(choose.device),
+            choose("teacher softcap", (None, 2.0)),
+            choose("teacher logit scale", (1.0, 0.25, 3.0)),
+        )
         return Asked(arguments, valid, storages)
 
     return drawn

@@ -143,8 +143,11 @@ def sanitize() -> Iterator[None]:
         try:
             execute(self, *args, **kwargs)
         except InterpreterError as error:
-            if isinstance(error.__cause__, KernelFault):
-                raise error.__cause__ from None
+            cause: BaseException | None = error
+            while isinstance(cause, InterpreterError):  # one for each function that was called
+                cause = cause.__cause__
+            if isinstance(cause, KernelFault):
+                raise cause from None
             raise
         checked.check_races()
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ranks
+from ..parallel import ranks
 
 T = TypeVar("T")
 Groups = dict[str, list[list[int]]]
@@ -27,7 +27,7 @@ def run_ranks(
 ) -> list[T]:
     """work(rank, its groups) in `count` threads; what each returned. One that fails, fails.
 
-    groups: of each argument that names one, the members of every group; None: all, as `group`.
+    groups: by name (of a field of `Parallel`), the members of every group; None: all, as `group`.
     """
     groups = {"group": [list(range(count))]} if groups is None else groups
     boards = {name: [_Board(members) for members in every] for name, every in groups.items()}

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..gate import DriftGate, Granularity
-from ..reduction import LOSS_AGG_MODES
+from ..choices import AGGREGATES, GRANULARITIES, NORMALIZE, REDUCTIONS
+from ..gate import DriftGate
+from ..options import Reduction, as_reduction
 from .choices import Choices
 from .shapes import Shape, draw_shape, draw_vocab, place, spread_rows
 from .values import (
@@ -28,6 +29,14 @@ MASK_DTYPES = {
     "uint8": torch.uint8,
 }
 BLOCK_SIZES = (64, 1, 2, 3, 7, 32, 10**9)
+GRANULARITY = ("block", *(x for x in GRANULARITIES if x != "block"))
+SIZES: dict[str, Any] = {
+    "a number": 37,
+    "a tensor": 37.0,
+    "0": 0,
+    "a tensor of 0": 0.0,
+}
+"""Denominators of the caller. One of 0 is that of a batch without rows; else the loss is none."""
 Arguments = dict[str, Any]
 
 
@@ -86,12 +95,14 @@ def draw_rows(choose: Choices, student: Student, *, masked: bool = True) -> Rows
     """Labels, and with `masked` a response mask and borders."""
     words = draw_labels(choose, student.finite)
     log_probs = log_probs_of(student.finite, words, student.temperature)
-    ignore_index = choose("ignore index", (-100, 0, -1, 10**6))
+    ignore_index = choose("ignore index", (-100, 0, -1, 10**6, None))
     labels = words.clone()
-    if choose.flag("ignored labels"):
+    if choose.flag("ignored labels") and ignore_index is not None:
         share = torch.rand(labels.shape, generator=choose.generator)
         labels = torch.where(share < 0.3, ignore_index, labels)
-    valid = labels != ignore_index
+    valid = torch.ones_like(labels, dtype=torch.bool)
+    if ignore_index is not None:
+        valid = labels != ignore_index
     strided = choose.flag("strided row data")
     arguments: Arguments = {"ignore_index": ignore_index}
     if masked:
@@ -125,41 +136,68 @@ def row_data(choose: Choices, name: str, values: Tensor, rows: Rows, dtype: torc
     return spread_rows(choose, values, choose.flag(f"strided {name}"))
 
 
-def draw_gate(choose: Choices, shape: Shape) -> tuple[DriftGate, Arguments]:
-    """A gate, and its span ids where it needs them."""
-    granularity: Granularity = choose("granularity", ("block", "token", "span", "sequence"))
-    gate = DriftGate(
+def draw_gate(choose: Choices, unit: str = "token") -> DriftGate:
+    """A gate; `unit` is that of the ratio, which shares its block size."""
+    granularity: Any = choose("granularity", GRANULARITY)
+    of_blocks = "block" in (granularity, unit)
+    return DriftGate(
         granularity,
-        block_size=choose("block size", BLOCK_SIZES) if granularity == "block" else 64,
+        block_size=choose("block size", BLOCK_SIZES) if of_blocks else 64,
         tau=choose("tau", (1.0, 0.0, 0.1, 30.0, 1e6)),
-        aggregate=choose("aggregate", ("mean", "mean_abs", "rms", "max_abs")),
-        normalize=choose("normalize", ("batch", "sequence", "none")),
+        aggregate=choose("aggregate", AGGREGATES),  # type: ignore[arg-type]
+        normalize=choose("normalize", NORMALIZE),  # type: ignore[arg-type]
     )
-    if granularity != "span":
-        return gate, {}
+
+
+def draw_spans(choose: Choices, shape: Shape, *units: str) -> Arguments:
+    """Span ids, where a unit is the span."""
+    if "span" not in units:
+        return {}
     far = choose("span ids", (0, -3, 1 << 40, 1 << 62))
     ids = far + torch.randint(4, shape.lead, generator=choose.generator)  # not adjacent
-    return gate, {"span_ids": ids.to(choose.device)}
+    return {"span_ids": ids.to(choose.device)}
+
+
+def draw_row_weights(choose: Choices, rows: Rows, dtype: torch.dtype) -> Tensor | None:
+    """Weights of the caller beside the gate's; a row of weight 0 is not read."""
+    kind = choose("row weights", ("absent", "some 0", "any sign"))
+    if kind == "absent":
+        return None
+    weights = torch.randn(rows.labels.shape, generator=choose.generator)
+    if kind == "some 0":
+        kept = torch.rand(weights.shape, generator=choose.generator) < 0.6
+        weights = weights.abs() * kept
+    return row_data(choose, "row_weights", weights, rows, dtype)
 
 
 def draw_reduction(choose: Choices, shape: Shape) -> Arguments:
-    """`loss_agg_mode` and the caller's denominators."""
-    mode = choose("loss_agg_mode", LOSS_AGG_MODES)
-    options: Arguments = {"loss_agg_mode": mode}
-    given = choose("denominator", ("of the call", "a number", "a tensor"))
+    """`reduction`: a mode as a string or an object, or with the caller's denominators."""
+    mode = choose("reduction", tuple(REDUCTIONS))
+    options: Arguments = {}
+    given = choose("denominator", ("of the call", *SIZES))
     if given != "of the call":
-        size = torch.tensor(37.0, device=choose.device) if given == "a tensor" else 37
+        size = SIZES[given]
+        if given.startswith("a tensor"):
+            size = torch.tensor(size, device=choose.device)
         options["global_batch_size" if mode.startswith("seq-") else "batch_num_tokens"] = size
         options["dp_size"] = choose("dp_size", (1, 4))
     packed = shape.cu_seqlens is not None
     if mode == "seq-mean-token-sum-norm":
         own = choose("loss_scale_factor", (11.0, 0.5) if packed else (None, 11.0, 0.5))
-        options["loss_scale_factor"] = own
-    return options
+        options |= {} if own is None else {"loss_scale_factor": own}
+    if not options and not choose.flag("reduction as an object"):
+        return {"reduction": mode}
+    return {"reduction": Reduction(mode, **options)}
 
 
-def draw_gated(choose: Choices, student: Student, rows: Rows, *, ungated: bool) -> Arguments:
-    """What every loss takes beside its teacher; `ungated` allows no old log-probs."""
+def divides_by_0(arguments: Arguments) -> bool:
+    """Whether the caller's denominator is 0."""
+    how = as_reduction(arguments.get("reduction", "token-mean"))
+    return any(x is not None and x == 0 for x in (how.batch_num_tokens, how.global_batch_size))
+
+
+def draw_gated(choose: Choices, student: Student, rows: Rows, unit: str = "token") -> Arguments:
+    """What every loss takes beside its teacher; `unit` is that of the ratio."""
     shape = student.shape
     arguments = {**student.arguments, **rows.arguments, **draw_reduction(choose, shape)}
     gate: DriftGate | Tensor | None = None
@@ -168,11 +206,13 @@ def draw_gated(choose: Choices, student: Student, rows: Rows, *, ungated: bool) 
         weights = -weights if choose.flag("negative weights") else weights
         gate = row_data(choose, "weights", weights, rows, student.dtype)
     elif not choose.flag("no gate"):
-        gate, spans = draw_gate(choose, shape)
-        arguments |= spans
+        gate = draw_gate(choose, unit)
     arguments["gate"] = gate
+    granularity = gate.granularity if isinstance(gate, DriftGate) else "token"
+    arguments |= draw_spans(choose, shape, granularity, unit)
+    arguments["row_weights"] = draw_row_weights(choose, rows, student.dtype)
     arguments["old_log_probs"] = None
-    if isinstance(gate, DriftGate) or not (ungated and choose.flag("no old log-probs")):
+    if isinstance(gate, DriftGate) or not choose.flag("no old log-probs"):
         old = draw_old(choose, rows.log_probs)
         arguments["old_log_probs"] = row_data(choose, "old_log_probs", old, rows, student.dtype)
     arguments["return_entropy"] = choose.flag("return_entropy")

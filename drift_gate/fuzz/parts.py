@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..accumulation import GateNormalizer
+from ..losses.accumulation import GateNormalizer
+from ..options import Parallel, as_reduction
 from ..outputs import GateOutput, LossOutput
 from .choices import Choices
 from .cuts import (
@@ -27,7 +28,7 @@ from .cuts import (
     some_sequences,
 )
 from .local_ranks import Groups, run_ranks
-from .options import Arguments, Asked, Student
+from .options import Arguments, Asked, Student, divides_by_0
 
 POSITION_IDS = ("from 0", "from 2^40", "any where not valid")
 Rest = Callable[[Choices, Any], Asked]
@@ -41,7 +42,7 @@ class Parts(NamedTuple):
     over: str
     """which share it: "words", or the layout of its positions."""
     named: str = "group"
-    """The argument that names the ranks over which positions are cut."""
+    """The field of `Parallel` that names the ranks over which positions are cut."""
     position_ids: str = POSITION_IDS[0]
 
     @property
@@ -49,7 +50,7 @@ class Parts(NamedTuple):
         return self.rows * self.across
 
     def groups(self) -> Groups:
-        """Ranks that meet, by the argument that names them."""
+        """Ranks that meet, by the field of `Parallel` that names them."""
         alike = [[i * self.across + j for j in range(self.across)] for i in range(self.rows)]
         if self.over == "words":
             groups = {"vocab_parallel_group": alike}
@@ -84,6 +85,8 @@ def _draw(
     lead, packed = student.shape.lead, student.shape.cu_seqlens is not None
     padded = len(lead) == 2 and not packed
     count, micro_batches = 1, None
+    if divides_by_0(arguments):  # the losses of parts may be of both infinities
+        return None
     if (padded or packed) and steps and not isinstance(arguments.get("gate"), Tensor):
         micro_batches = choose("micro-batches", (None, None, None, 1, 2, 3))
     if choose.device.type == "cpu" and not choose.interpreted and dist.is_available():
@@ -91,7 +94,9 @@ def _draw(
     # Ranks that share sequences have the same number of rows.
     fit = {
         "rows": padded or packed,
-        "positions": lead[-1] % count == 0 and (padded or micro_batches is None),
+        "positions": lead[-1] % count == 0
+        and (padded or micro_batches is None)
+        and arguments.get("ratio", "token") == "token",
         "words": student.vocab >= count,
     }
     fitting = tuple(x for x in over if fit[x])
@@ -147,10 +152,19 @@ def _told(out: Any, parts: Parts) -> Any:
     if parts.rows == 1 and parts.over == "words" and parts.micro_batches is None:
         return out
     if isinstance(out, LossOutput):
-        return out._replace(metrics={})
+        return _without_numbers_of_nan(out)._replace(metrics={})
     if isinstance(out, GateOutput):  # and so are the numbers of blocks
         return out._replace(block_ids=out.block_ids.clamp(max=0), metrics={})
     return out
+
+
+def _without_numbers_of_nan(out: LossOutput) -> LossOutput:
+    """A NaN among the gates makes their mean NaN, by which parts multiply rows of weight 0 too."""
+    bad = out.gate.isnan()
+    if not bad.any():
+        return out
+    tokens = torch.where(bad, torch.nan, out.token_loss)
+    return out._replace(loss=tokens if out.loss.dim() else out.loss + torch.nan, token_loss=tokens)
 
 
 def _share(arguments: Arguments, parts: Parts, rank: int) -> Arguments:
@@ -185,22 +199,23 @@ def _step(
     function: Callable[..., Any], arguments: Arguments, parts: Parts, named: Mapping[str, Any]
 ) -> Any:
     """A rank's call, or its micro-batches."""
+    arguments = arguments | ({"parallel": Parallel(**named)} if named else {})
     if parts.micro_batches is None:
-        return function(**_without_valid(arguments), **named)
-    normalizer, outs = _accumulated(function, arguments, parts.micro_batches, named)
+        return function(**_without_valid(arguments))
+    normalizer, outs = _accumulated(function, arguments, parts.micro_batches)
     found = _cat(outs, LossOutput._fields[1:-1], across_sequences(arguments))
     factors = normalizer.gate_factor(), normalizer.factor()
     weighs, completes = (x.to(outs[0].loss.dtype) for x in factors)
     for name in ("token_loss", "gate"):
         found[name] = torch.where(arguments["valid"], found[name] * weighs, 0)
-    if arguments["loss_agg_mode"] == "none":
+    if as_reduction(arguments["reduction"]).mode == "none":
         return LossOutput(loss=found["token_loss"], metrics={}, **found)
     loss = torch.stack([out.loss for out in outs]).sum() * completes
     return LossOutput(loss=loss, metrics={}, **found)
 
 
 def _accumulated(
-    function: Callable[..., Any], arguments: Arguments, count: int, named: Mapping[str, Any]
+    function: Callable[..., Any], arguments: Arguments, count: int
 ) -> tuple[GateNormalizer, list[Any]]:
     """The calls in an order that the normaliser takes: none far above the first."""
     cut = [arguments | some_sequences(arguments, count, i) for i in range(count)]
@@ -209,7 +224,7 @@ def _accumulated(
         normalizer, outs = GateNormalizer(arguments["gate"]), {}
         try:
             for i in order:
-                outs[i] = function(**_without_valid(cut[i]) | {"gate": normalizer}, **named)
+                outs[i] = function(**_without_valid(cut[i]) | {"gate": normalizer})
         except ValueError as error:
             if not str(error).startswith("the mean gate of this micro-batch") or i == order[0]:
                 raise
@@ -253,7 +268,7 @@ def _of_positions(outs: list[Any], parts: Parts, arguments: Arguments) -> Any:
 
 
 def _row_data(out: Any) -> list[str]:
-    """Fields that hold a number for each position: with loss_agg_mode="none" the loss is one."""
+    """Fields that hold a number for each position: with the reduction "none" the loss is one."""
     return [k for k, x in out._asdict().items() if isinstance(x, Tensor) and x.dim()]
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis.errors import Flaky
 
-from ..backends import triton_on_cpu
+from ..passes.backends import triton_on_cpu
 from .bias import Bias
 from .choices import recorded
 from .evaluate import Problem, build
@@ -23,7 +23,7 @@ from .strategies import problems
 from .verdict import faults
 
 BATCH = 200  # problems that hypothesis draws before it starts afresh: what it remembers grows
-VERSION = 1
+VERSION = 3  # of saved cases: another where choices have other names
 CHANCE = "This problem does not fail in every run: threads, memory or time decide."
 
 
@@ -62,10 +62,10 @@ class Tally:
 
 
 @contextlib.contextmanager
-def prepared(backend: str, device: torch.device) -> Iterator[None]:
+def prepared(backends: Sequence[str], device: torch.device) -> Iterator[None]:
     """Uninitialised memory is NaN; kernels on the CPU are interpreted, with exact bounds."""
     with contextlib.ExitStack() as stack:
-        if backend == "triton" and device.type == "cpu":
+        if "triton" in backends and device.type == "cpu":
             from . import interpreter
 
             for context in (interpreter.corrected(), interpreter.sanitize(), triton_on_cpu()):
@@ -75,10 +75,10 @@ def prepared(backend: str, device: torch.device) -> Iterator[None]:
         yield
 
 
-def judge(problem: Problem, backend: str, bias: Bias | None = None) -> None:
+def judge(problem: Problem, bias: Bias | None = None) -> None:
     """Raise Mismatch with every fault of the problem, exceptions of the backend included."""
     try:
-        found, *results = faults(problem, backend)
+        found, *results = faults(problem)
     except Exception as error:  # what a backend may raise is not known
         where = traceback.format_exc(limit=-4)
         raise Mismatch(f"{type(error).__name__}: {error}\n{where}") from error
@@ -89,7 +89,7 @@ def judge(problem: Problem, backend: str, bias: Bias | None = None) -> None:
 
 
 def fuzz(
-    backend: str,
+    backends: tuple[str, ...],
     device: torch.device,
     *,
     seed: int,
@@ -98,14 +98,15 @@ def fuzz(
     functions: tuple[str, ...] = tuple(FUNCTIONS),
     progress: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
-    """Run that many cases, or for so long; stop at the first failure, shrunk."""
+    """Run that many cases, each on one of the backends, or for so long; stop at the first
+    failure, shrunk."""
     tally, begin = Tally(), time.perf_counter()
     batch = 0
     while tally.cases < cases and tally.failure is None:
         if time.perf_counter() - begin > seconds:
             break
         count = min(BATCH, cases - tally.cases)
-        _batch(tally, backend, device, functions, count, f"{seed}:{batch}", begin, progress)
+        _batch(tally, backends, device, functions, count, f"{seed}:{batch}", begin, progress)
         batch += 1
     tally.seconds = time.perf_counter() - begin
     return tally
@@ -113,7 +114,7 @@ def fuzz(
 
 def _batch(
     tally: Tally,
-    backend: str,
+    backends: tuple[str, ...],
     device: torch.device,
     functions: tuple[str, ...],
     count: int,
@@ -134,19 +135,19 @@ def _batch(
         print_blob=False,
         backend="hypothesis",
     )
-    @given(problems(functions, backend, device))
+    @given(problems(functions, backends, device))
     def run(problem: Problem) -> None:
         if not failed:
             tally.count(problem)
         tally.seconds = time.perf_counter() - begin
         progress(tally)
         try:
-            judge(problem, backend, tally.bias)
+            judge(problem, tally.bias)
         except Mismatch as mismatch:
             failed.append((problem, str(mismatch)))
             raise
 
-    with prepared(backend, device):
+    with prepared(backends, device):
         try:
             run()
         except (Mismatch, Flaky) as error:
@@ -155,15 +156,15 @@ def _batch(
             problem, wrong = failed[-1]  # hypothesis runs the smallest one last
             if isinstance(error, Flaky):  # what failed has passed when it ran again
                 wrong = f"{wrong}\n{CHANCE}"
-            tally.failure = save(problem, backend, wrong)
+            tally.failure = save(problem, wrong)
 
 
-def save(problem: Problem, backend: str, wrong: str) -> dict[str, Any]:
+def save(problem: Problem, wrong: str) -> dict[str, Any]:
     """A problem as a file holds it."""
     return {
         "version": VERSION,
         "torch": str(torch.__version__),
-        "backend": backend,
+        "backend": problem.backend,
         "wrong": wrong.splitlines(),
         "problem": problem.saved(),
     }
@@ -172,9 +173,9 @@ def save(problem: Problem, backend: str, wrong: str) -> dict[str, Any]:
 def replay(case: dict[str, Any], backend: str, device: torch.device) -> str | None:
     """Run one saved problem: what is wrong, or None."""
     choices = dict(case)
-    with prepared(backend, device):
+    with prepared((backend,), device):
         try:
-            judge(build(choices.pop("function"), recorded(choices), backend, device), backend)
+            judge(build(choices.pop("function"), recorded(choices), (backend,), device))
         except Mismatch as mismatch:
             return str(mismatch)
     return None

@@ -6,12 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..arguments import Layout
-from ..gate import DriftGate
-from ..outputs import GateOutput
 from .choices import Choices
-from .options import Arguments, Asked, Student, draw_borders, draw_gate
+from .options import Arguments, Asked, Student, draw_borders, draw_gate, draw_spans
 from .shapes import draw_shape, spread_rows
 from .values import draw_dtype, draw_mask, draw_old
 
@@ -34,7 +30,8 @@ def _mask_and_borders(choose: Choices, student: Student) -> tuple[Tensor | None,
 
 def gate_rest(choose: Choices, student: Student) -> Asked:
     mask, arguments = _mask_and_borders(choose, student)
-    gate, spans = draw_gate(choose, student.shape)
+    gate = draw_gate(choose)
+    spans = draw_spans(choose, student.shape, gate.granularity)
     log_probs = -3 * torch.rand(student.shape.lead, generator=choose.generator).double()
     old = draw_old(choose, log_probs)
     if mask is not None:
@@ -45,24 +42,6 @@ def gate_rest(choose: Choices, student: Student) -> Asked:
     return Asked(
         arguments, torch.ones(student.shape.lead, dtype=torch.bool) if mask is None else mask
     )
-
-
-def reference_gate_weights(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    gate: DriftGate,
-    response_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    span_ids: Tensor | None = None,
-) -> GateOutput:
-    layout = Layout(log_probs.shape, cu_seqlens)
-    valid = torch.ones_like(log_probs, dtype=torch.bool) if response_mask is None else response_mask
-    spans = None if span_ids is None else span_ids.reshape(-1)
-    dtype = reference.accumulation_dtype(log_probs)
-    new, old = (x.reshape(-1).to(dtype) for x in (log_probs, old_log_probs))
-    out = reference.gate_weights(new, old, valid.reshape(-1), layout, spans, gate)
-    w, drift, ids = (x.view(layout.shape) for x in out[:3])
-    return GateOutput(w, drift, ids, out.metrics)
 
 
 def spans_rest(choose: Choices, student: Student) -> Asked:

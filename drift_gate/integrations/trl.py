@@ -6,35 +6,41 @@ the buffer once; the loss is one of this package's, from hidden states and LM he
 """
 
 import inspect
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import (
+    Clip,
     DriftGate,
     GateNormalizer,
     LossOutput,
+    Parallel,
+    Reduction,
     linear_full_loss,
     linear_opd_loss,
     linear_token_log_probs,
     linear_topk_loss,
     newline_spans,
 )
-from ..arguments import check_number, check_option
-from ..losses import ESTIMATORS
-from ..topk_lists import check_divergence
+from ..call.arguments import number, option
+from ..call.lists import kind_of
+from ..choices import ESTIMATORS, Aggregate, Support
 from . import unusable
-from .teacher import head_options, head_topk, newline_token_ids
+from .teacher import head_of, head_topk, newline_token_ids
+from .vocabularies import Words, shared_words, tokenizer_of
 
 WANTED = "1.16"
 
 try:
     from datasets import IterableDataset
     from trl import DistillationConfig, DistillationTrainer
+    from trl.models import prepare_deepspeed
     from trl.trainer.utils import (
         RepeatSampler,
+        create_model_from_path,
         repeat_iterable_dataset,
         shuffle_sequence_dict,
         split_pixel_values_by_grid,
@@ -50,6 +56,10 @@ except (ImportError, AttributeError, RuntimeError) as reason:  # TRL's lazy modu
     raise unusable("trl", WANTED, reason) from reason
 
 LOSSES = ("sampled", "topk", "full")
+if TYPE_CHECKING:
+    EstimatorName = str
+else:
+    EstimatorName = Literal[tuple(ESTIMATORS)]  # choices of a command line
 
 
 @dataclass
@@ -65,7 +75,8 @@ class GatedDistillationConfig(DistillationConfig):
             None: one optimiser step's.
         loss: "sampled" (`linear_opd_loss`), "topk" (`linear_topk_loss`), "full"
             (`linear_full_loss`).
-        estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip: of "sampled".
+        estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip: of "sampled"; the
+            clips are low, high, dual and advantage of `Clip`.
         teacher_top_k, support: of "topk"; with beta = 1 and "renormalized" it is LSM.
         gate_granularity: "block", "span" (lines of the response), "token", "sequence", or "off".
         gate_block_size, gate_tau, gate_aggregate: see `DriftGate`.
@@ -80,7 +91,7 @@ class GatedDistillationConfig(DistillationConfig):
     loss: Literal["sampled", "topk", "full"] = field(
         default="sampled", metadata={"help": "What the teacher is asked for."}
     )
-    estimator: Literal["ppo", "importance", "k1", "k2", "k3"] = field(
+    estimator: EstimatorName = field(
         default="ppo", metadata={"help": "Position loss of the sampled-token loss."}
     )
     clip_ratio_low: float = field(default=0.2, metadata={"help": "PPO's clip below 1."})
@@ -90,7 +101,7 @@ class GatedDistillationConfig(DistillationConfig):
         default=None, metadata={"help": "Bound of the advantage's magnitude."}
     )
     teacher_top_k: int = field(default=32, metadata={"help": "Words the teacher lists."})
-    support: Literal["renormalized", "truncated", "tail"] = field(
+    support: Support = field(
         default="renormalized", metadata={"help": "Support of the top-K divergence."}
     )
     gate_granularity: Literal["block", "span", "token", "sequence", "off"] = field(
@@ -98,18 +109,18 @@ class GatedDistillationConfig(DistillationConfig):
     )
     gate_block_size: int = field(default=64, metadata={"help": "Positions of a block."})
     gate_tau: float = field(default=1.0, metadata={"help": "Inverse temperature of the gate."})
-    gate_aggregate: Literal["mean", "mean_abs", "rms", "max_abs"] = field(
+    gate_aggregate: Aggregate = field(
         default="mean", metadata={"help": "A block's drift from its positions'."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_option("loss", self.loss, LOSSES)
-        check_option("estimator", self.estimator, ESTIMATORS)
+        option("loss", self.loss, LOSSES)
+        option("estimator", self.estimator, ESTIMATORS)
         for name in ("num_iterations", "teacher_top_k"):
-            check_number(name, getattr(self, name), above=0)
+            number(name, getattr(self, name), above=0)
         if self.loss == "topk":
-            check_divergence(self.direction, self.support, self.mixture)
+            kind_of("jsd", self.support, self.beta, None)
             if self.support == "renormalized" and self.teacher_top_k < 2:
                 raise ValueError(
                     'teacher_top_k must be at least 2 with support "renormalized"; got '
@@ -136,35 +147,46 @@ class GatedDistillationConfig(DistillationConfig):
             aggregate=self.gate_aggregate,
         )
 
-    @property
-    def direction(self) -> Literal["forward", "reverse", "jsd"]:
-        """TRL's beta by name."""
-        return "forward" if self.beta == 0 else "reverse" if self.beta == 1 else "jsd"
-
-    @property
-    def mixture(self) -> float:
-        """The teacher's weight in the mixture, where there is one."""
-        return self.beta if self.direction == "jsd" else 0.5
+    def clip(self) -> Clip:
+        """The clips of "sampled"."""
+        return Clip(
+            self.clip_ratio_low, self.clip_ratio_high, self.clip_ratio_c, self.advantage_clip
+        )
 
 
 class GatedDistillationTrainer(DistillationTrainer):
-    """TRL's `DistillationTrainer` with rollout reuse and a drift gate; takes the same arguments."""
+    """TRL's `DistillationTrainer` with rollout reuse and a drift gate; takes the same arguments.
+
+    Student and teacher may have heads of other sizes (padded embeddings) where their words are the
+    tokenizer's: see `Words`.
+    """
 
     _buffered_inputs: list[dict[str, Any]] | None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any, teacher_model: Any = None, *args: Any, **kwargs: Any) -> None:
+        # TRL refuses a teacher of another vocab_size, and so does not see it.
+        super().__init__(model, None, *args, **kwargs)
         if not isinstance(self.args, GatedDistillationConfig):
             raise TypeError(
                 f"args must be a GatedDistillationConfig; got {type(self.args).__name__}"
             )
-        if self.teacher_model is None:
+        if teacher_model is None:
             raise ValueError("teacher_model must be a model or its name; got None")
+        teacher = _loaded(teacher_model, self.args)
+        self._words: Words = shared_words(
+            self.model, teacher, self._tokenizer, lambda: tokenizer_of(teacher, self.args)
+        )
+        if self.is_deepspeed_enabled:
+            self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
+        else:
+            self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self.gate = self.args.drift_gate()
         self._normalizer: GateNormalizer | None = None
         # DeepSpeed keeps the gradients to itself: there each micro-batch has its own unit mean.
         if self.gate is not None and not self.is_deepspeed_enabled:
             self._normalizer = GateNormalizer(self.gate)
+        several = self.accelerator.num_processes > 1
+        self._parallel = Parallel(torch.distributed.group.WORLD if several else None)
         self._step_loss = torch.zeros((), device=self.accelerator.device)
         self._newline_ids: list[int] | None = None
         if self.args.gate_granularity == "span":
@@ -204,10 +226,10 @@ class GatedDistillationTrainer(DistillationTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """A micro-batch of the buffer, which is filled and scored when it has served."""
         if not self.model.training:
-            return self._score(self._generate_and_score_completions(generation_batch))
+            return self._score(self._rollouts(generation_batch))
         steps = self.args.steps_per_generation
         if self._step % (steps * self.args.num_iterations) == 0 or self._buffered_inputs is None:
-            rollouts = self._generate_and_score_completions(generation_batch)
+            rollouts = self._rollouts(generation_batch)
             rollouts = shuffle_sequence_dict(split_pixel_values_by_grid(rollouts))
             parts = split_tensor_dict(rollouts, steps)
             self._buffered_inputs = [
@@ -215,6 +237,13 @@ class GatedDistillationTrainer(DistillationTrainer):
             ]
             self._count_items(self._buffered_inputs)
         return self._buffered_inputs[self._step % steps]
+
+    def _rollouts(self, generation_batch: Any) -> dict[str, Any]:
+        """TRL's; words of the student's that the teacher has not are not trained on."""
+        made: dict[str, Any] = self._generate_and_score_completions(generation_batch)
+        if self._words.student > self._words.shared:
+            made["known_mask"] = (made["completion_ids"] < self._words.shared).long()
+        return made
 
     def _count_items(self, parts: list[dict[str, Any]]) -> None:
         """Set `num_items_in_batch` to the trained tokens of the optimiser step, over all ranks."""
@@ -253,6 +282,8 @@ class GatedDistillationTrainer(DistillationTrainer):
             torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1)
             for name in ("ids", "mask")
         )
+        if "known_mask" in inputs:  # the teacher has no embedding of the student's other words
+            ids = ids.clamp(max=model.config.get_text_config().vocab_size - 1)
         extras = {name: inputs[name] for name in FORWARD_EXTRAS if name in inputs}
         length = inputs["completion_ids"].size(1)
         hidden = self._get_last_hidden_state(model, ids, mask, length, **extras)
@@ -261,12 +292,13 @@ class GatedDistillationTrainer(DistillationTrainer):
     def _log_probs(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Log-probs [B, T] of the completion's tokens; 0 where the loss is masked."""
         hidden = self._hidden_states(model, inputs)
-        head = head_options(model, hidden.dtype)
         labels = inputs["completion_ids"].masked_fill(_loss_mask(inputs) == 0, -100)
         labels = labels.to(hidden.device)
-        log_probs, _ = linear_token_log_probs(
-            hidden, labels=labels, temperature=self.temperature, **head._asdict()
-        )
+        head = head_of(model, hidden.dtype)
+        if self.args.loss == "full" and self._words.differ:  # as the loss will see them
+            bias = None if head.bias is None else head.bias[: self._words.shared]
+            head = replace(head, weight=head.weight[: self._words.shared], bias=bias)
+        log_probs, _ = linear_token_log_probs(hidden, head, labels, temperature=self.temperature)
         return log_probs
 
     def _teacher_scores(self, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -276,7 +308,7 @@ class GatedDistillationTrainer(DistillationTrainer):
         hidden = self._hidden_states(model, inputs)
         if self.args.loss == "full":
             return {"teacher_hidden_states": hidden}
-        head = head_options(model, hidden.dtype)
+        head = head_of(model, hidden.dtype)
         mask = _loss_mask(inputs).to(hidden.device)
         ids, log_probs = head_topk(hidden, head, self.args.teacher_top_k, mask, self.temperature)
         return {"teacher_topk_ids": ids, "teacher_topk_log_probs": log_probs}
@@ -298,31 +330,29 @@ class GatedDistillationTrainer(DistillationTrainer):
         args, device, spans = self.args, hidden.device, inputs.get("span_ids")
         options: dict[str, Any] = {
             "hidden_states": hidden,
-            **head_options(model, hidden.dtype)._asdict(),
+            "head": head_of(model, hidden.dtype),
             "labels": inputs["completion_ids"].to(device),
             "old_log_probs": inputs["old_log_probs"],
             "gate": self._normalizer if self.model.training and self._normalizer else self.gate,
-            "group": torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None,
+            "parallel": self._parallel,
             "response_mask": mask,
             "span_ids": None if spans is None else spans.to(device),
             "temperature": self.temperature,
             # TRL has divided it by the number of processes, whose gradients are averaged.
-            "batch_num_tokens": num_items,
+            "reduction": Reduction(batch_num_tokens=num_items),
             "return_entropy": True,
         }
         options |= {name: x.to(device) for name, x in inputs.items() if name.startswith("teacher_")}
         if args.loss == "sampled":
-            names = "estimator", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c"
-            options |= {name: getattr(args, name) for name in (*names, "advantage_clip")}
-            return linear_opd_loss(**options)
-        options |= {"direction": args.direction, "beta": args.mixture}
+            return linear_opd_loss(**options, estimator=args.estimator, clip=args.clip())
+        options |= {"direction": "jsd", "beta": args.beta}  # at 0 and 1 the KLs, as TRL has them
         if args.loss == "topk":
-            return linear_topk_loss(**options, support=args.support)
+            unknown = self._words.teacher > self._words.student
+            return linear_topk_loss(**options, support=args.support, ignore_unknown_ids=unknown)
         teacher = self.accelerator.unwrap_model(self.teacher_model)
-        head = head_options(teacher, options["teacher_hidden_states"].dtype)
-        return linear_full_loss(
-            **options, **{f"teacher_{name}": x for name, x in head._asdict().items()}
-        )
+        head = head_of(teacher, options["teacher_hidden_states"].dtype)
+        shared = self._words.shared if self._words.differ else None
+        return linear_full_loss(**options, teacher_head=head, vocab_size=shared)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """TRL's; after the last micro-batch the gates get the unit mean of the optimiser's step."""
@@ -359,6 +389,28 @@ class GatedDistillationTrainer(DistillationTrainer):
 
 
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:
-    """[B, T]: the completion's tokens that the model wrote, not its tools."""
+    """[B, T]: the tokens that the model wrote, not its tools, and of which the teacher knows."""
     mask: Tensor = inputs["completion_mask"]
-    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+    for name in ("tool_mask", "known_mask"):
+        if name in inputs:
+            mask = mask * inputs[name]
+    return mask
+
+
+def _loaded(teacher: Any, args: DistillationConfig) -> Any:
+    """The teacher, a model or a name, as TRL loads it."""
+    if not isinstance(teacher, str):
+        if args.teacher_model_init_kwargs is not None:
+            raise ValueError(
+                "teacher_model_init_kwargs must be None where teacher_model is a model; got "
+                f"{args.teacher_model_init_kwargs}"
+            )
+        return teacher
+    options = dict(args.teacher_model_init_kwargs or {})
+    options.setdefault("dtype", None)
+    if args.teacher_model_revision is not None:
+        options.setdefault("revision", args.teacher_model_revision)
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(teacher, **options)

@@ -11,16 +11,15 @@ registered here.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import DriftGate, gate_weights, newline_spans, vocabulary
-from ..arguments import as_batch, check_option, flat
-from ..backends import resolve
-from ..topk_lists import Kind, check_divergence
-from ..topk_rows import topk_rows, topk_support
+from .. import DriftGate, gate_weights, gather_lse, newline_spans
+from ..call import lists
+from ..call.arguments import option
+from ..passes.backends import passes_of, resolve
 from . import unusable
 
 WANTED = "0.9"
@@ -40,6 +39,16 @@ except (ImportError, AttributeError) as reason:
 ESTIMATORS = ("opd", "k1", "k2", "k3")
 STRATEGIES = ("fsdp", "fsdp2", "veomni")  # logits with the whole vocabulary
 LOG_PROBS = "drift_gate_log_probs"
+
+
+class Kind(NamedTuple):
+    """A divergence over the teacher's K words: options of `topk_loss`."""
+
+    direction: str = "reverse"
+    support: str = "renormalized"
+    beta: float = 0.5
+
+
 MODES: dict[str, Kind] = {}
 """Divergence of each top-K mode registered here."""
 
@@ -66,9 +75,9 @@ def register(
         ValueError, TypeError: an option is unknown, or the name is taken.
     """
     if isinstance(loss, str):
-        check_option("loss", loss, ESTIMATORS)
+        option("loss", loss, ESTIMATORS)
     else:
-        check_divergence(*loss)
+        lists.kind_of(*loss, None)
     if gate is not None and gate.granularity == "span" and not newline_ids:
         raise ValueError('newline_ids must be given with gate granularity "span"; got none')
     final = _final(loss, gate, list(newline_ids))
@@ -119,32 +128,47 @@ def compute_topk_loss(
         # in the logits' place before this loss's backward reads them.
         student_logits = student_logits.clone()
     clamp = None if renormalized else options.log_prob_min_clamp
-    found = _rows(student_logits, labels, words, teacher, kind, clamp)
+    found = _rows(student_logits[0], labels[0], words[0], teacher[0], kind, clamp)
     return {name: x.view(student_logits.shape[:2]) for name, x in found.items()}
+
+
+class _Listed(torch.autograd.Function):
+    """The divergence over the lists as a function of the scores [N, K]."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, run: Any, kind: lists.Kind, *of_rows: Tensor) -> Any:
+        rows, slope = lists.divergence(run, kind, scores.contiguous(), *of_rows)
+        losses, mass = rows[0], rows[1]
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(mass)
+        return losses, mass
+
+    @staticmethod
+    def backward(ctx: Any, of_losses: Tensor, of_mass: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return slope * of_losses[:, None], *[None] * 6
 
 
 def _rows(
     logits: Tensor, labels: Tensor, words: Tensor, teacher: Tensor, kind: Kind, clamp: float | None
 ) -> dict[str, Tensor]:
-    """What `compute_topk_loss` returns, [N], from one scan of the logits."""
-    logits, backend = as_batch(logits), resolve("auto", logits)
-    words, log_q = words.reshape(-1, words.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
-    log_q = log_q.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
-    valid = torch.ones_like(words[:, 0], dtype=torch.bool)
-    on_cpu = logits.device.type == "cpu"
-    present, _ = topk_support(words.contiguous(), log_q, valid, logits.shape[-1], on_cpu, False)
-    listed = torch.cat([flat(labels)[:, None], torch.where(present, words, 0)], 1)
-    gathered, log_probs, *_ = vocabulary.scan(logits, listed, valid, 1.0, False, False, backend)
-    log_p = log_probs[:, 1:]
-    mass = log_p.detach().contiguous()
-    scores = gathered[:, 1:] if kind.support == "renormalized" else log_p
-    held = log_q
-    if clamp is not None:
-        scores, held = scores.clamp_min(clamp), log_q.clamp_min(clamp)
-    rows, _ = topk_rows(scores.contiguous(), mass, held, present, valid, *kind, backend)
+    """What `compute_topk_loss` returns, [N], from one scan of the logits [N, V]."""
+    run, on_cpu = passes_of(resolve("auto", logits)), logits.device.type == "cpu"
+    log_q = teacher.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
+    valid = torch.ones_like(labels, dtype=torch.bool)
+    taken = lists.Lists(words.contiguous(), log_q, False, False)
+    found = lists.listed(run, taken, valid, logits.shape[-1], on_cpu)
+    z, lse = gather_lse(logits, torch.cat([labels[:, None], found.words.to(labels.dtype)], 1))
+    log_probs = z - lse[:, None]
+    scores = (z if kind.support == "renormalized" else log_probs)[:, 1:]
+    known = log_probs.detach()[:, 1:].contiguous()
+    of_kind = lists.kind_of(*kind, clamp)
+    losses, mass = _Listed.apply(  # type: ignore[no-untyped-call]
+        scores, run, of_kind, known, log_q, found.present, valid
+    )
     return {
-        "distillation_losses": rows[0],
-        "student_mass": rows[1].detach(),
+        "distillation_losses": losses,
+        "student_mass": mass,
         "teacher_mass": log_q.exp().sum(-1),  # of what is not clamped, as verl logs it
         LOG_PROBS: log_probs[:, 0].detach(),
     }

@@ -16,147 +16,163 @@ class Mutant(NamedTuple):
 
 
 FUZZ = "tests/test_fuzz_found.py tests/test_fuzz.py"
-GATE = f"tests/test_gate.py {FUZZ}"
-OPD = f"tests/test_opd_loss.py tests/test_reference.py {FUZZ}"
-PASSES = f"tests/test_opd_loss.py tests/test_reference.py {FUZZ} tests/test_ops.py"
-TOPK = f"tests/test_topk_loss.py {FUZZ}"
-FULL = f"tests/test_full_loss.py {FUZZ}"
+GATE = f"tests/test_torch_backend_rows.py tests/test_gate.py {FUZZ}"
+OPD = f"tests/test_torch_backend_rows.py tests/test_opd_loss.py tests/test_reference.py {FUZZ}"
+PASSES = f"tests/test_torch_backend.py tests/test_opd_loss.py tests/test_reference.py {FUZZ} tests/test_ops.py"
+TOPK = f"tests/test_torch_backend.py tests/test_topk_loss.py {FUZZ}"
+FULL = f"tests/test_torch_backend.py tests/test_full_loss.py {FUZZ}"
 LINEAR = "tests/test_linear_losses.py tests/test_head_gradients.py tests/test_linear_autograd.py"
 MICRO = "tests/test_micro_batches.py"
 RANKS = "tests/test_ranks.py"
 SHARDS = "tests/test_vocab_parallel.py"
 SPANS = "tests/test_spans.py"
 ARGUMENTS = f"tests/test_arguments.py {FUZZ}"
-NATIVE = f"tests/test_native.py {FULL} tests/test_full_loss_special.py tests/test_opd_loss.py"
+GUARDS = "tests/test_native_guards.py"  # first: the others would die of a write beyond a tensor
+NATIVE = f"{GUARDS} tests/test_native_passes.py tests/test_native.py"
+NATIVE_ROWS = f"{GUARDS} tests/test_native_rows.py"
+NATIVE_TOPK = f"{GUARDS} tests/test_native_topk.py"
 K_SCAN = "tests/test_kernels_vocabulary.py"
 K_ROWS = "tests/test_kernels_fuzz.py tests/test_kernels_opd.py"
 K_TOPK = "tests/test_kernels_fuzz.py tests/test_kernels_topk.py"
+K_SPARSE = "tests/test_kernels_sparse.py -k 'not losses and not dense'"
 K_FULL = "tests/test_kernels_divergence.py tests/test_kernels_fuzz.py"
 
-ROWS = "drift_gate/torch_rows.py"
-PASS = "drift_gate/torch_passes.py"
-CHUNKS = "drift_gate/row_chunks.py"
-SUMS = "drift_gate/head_gradients.py"
-DEFERRED = "drift_gate/deferred.py"
-SPARSE = "drift_gate/sparse.py"
-STEP = "drift_gate/head_step.py"
-DIVERGENCE = "drift_gate/torch_divergence.py"
-TORCH_TOPK = "drift_gate/torch_topk.py"
-ATEN = PASS, CHUNKS, DIVERGENCE  # tested as without a C compiler
+ROWS = "drift_gate/passes/torch/rows.py"
+BLOCKS = "drift_gate/passes/torch/blocks.py"
+PASS = "drift_gate/passes/torch/vocabulary.py"
+DIVERGENCE = "drift_gate/passes/torch/divergence.py"
+TORCH_TOPK = "drift_gate/passes/torch/topk.py"
+TORCH_SPARSE = "drift_gate/passes/torch/sparse.py"
+CHECK = "drift_gate/head/check.py"
+SUMS = "drift_gate/head/sums.py"
+WALK = "drift_gate/head/walk.py"
+SPARSE = "drift_gate/head/sparse.py"
+HANDING = "drift_gate/losses/handing.py"
+CALL = "drift_gate/call/rows.py"
+WORDS = "drift_gate/parallel/words.py"
+ATEN = ROWS, BLOCKS, PASS, DIVERGENCE, TORCH_TOPK, TORCH_SPARSE  # tested as without a C compiler
 
 PYTHON = [
     # the fused head
-    Mutant("unit mean of the last chunk alone", DEFERRED, "self.total * factor + weights", "0 * self.total + weights", LINEAR),
-    Mutant("sums not moved to a lower shift", STEP, "if factor != 1:", "if factor > 1:", LINEAR),
-    Mutant("the shift never moves", DEFERRED, "elif tau * (self.shift - lowest) > 1:", "elif False:", LINEAR),
-    Mutant("mean over all rows", DEFERRED, "count = self.data.valid.sum()", "count = len(self.data.valid) + 0 * self.total", LINEAR),
-    Mutant("chunks cut blocks", "drift_gate/chunks.py", "position[reach == position] + 1", "position + 1", LINEAR),
+    Mutant("a unit mean for each chunk", WALK, "return weight * relative.to(weight.dtype), factor", "return weight, factor", LINEAR),
+    Mutant("sums not moved to other units", WALK, "            sums.multiply(factor)\n", "            pass\n", LINEAR),
+    Mutant("units never move", WALK, "far = (log_mean > before + FAR) | (before == -torch.inf)", "far = before == -torch.inf", LINEAR),
+    Mutant("sums without the denominator", WALK, "(done.table[WEIGHT] * done.table[COEFFICIENT])[row]", "done.table[WEIGHT][row]", LINEAR),
+    Mutant("chunks cut blocks", "drift_gate/head/chunks.py", "np.flatnonzero(found[index] == 2)", "np.flatnonzero(found[index] > 0)", LINEAR),
     Mutant("first chunk counted twice", SUMS, "self.begun = True", "self.begun = len(hidden) < 2", LINEAR),
     Mutant("lower byte lost", SUMS, "add_(bits.copy_(low), alpha=256)", "add_(bits.copy_(low), alpha=0)", LINEAR),
     Mutant("truncated to 24 bits", SUMS, "value.view(torch.int32).add_(128)", "value.view(torch.int32).add_(0)", LINEAR),
-    Mutant("slope of the cap forgotten", "drift_gate/head_scan.py", "uncap(z[rows], kept, cap)", "pass", LINEAR),
+    Mutant("slope of the cap forgotten", "drift_gate/head/chunk_losses.py", "uncap(z[rows], kept, cap)", "pass", LINEAR),
     Mutant("sparse slope of the cap forgotten", SPARSE, "slope = slope * (1 - (gathered", "slope = slope * (1 - 0 * (gathered", LINEAR),
-    Mutant("logit scale not in the slope", SPARSE, "slope = beta * scale", "slope = beta * 1.0", LINEAR),
-    Mutant("rows of words shifted", "drift_gate/torch_sparse.py", "begins[i:j] - borders[i], hidden", "(begins[i:j] - borders[i]).clamp(max=3), hidden", LINEAR),
-    Mutant("upstream gradient forgotten", STEP, "factor * upstream, ctx.like", "factor * 1, ctx.like", LINEAR),
-    Mutant("a second backward allowed", STEP, "ctx.handed_out = True", "pass", LINEAR),
-    Mutant("coefficients not over the largest", "drift_gate/linear_step.py", "factor = largest * inverse", "factor = inverse", LINEAR),
-    Mutant("gathered head has the gradient's sum", "drift_gate/sharded.py", 'Partial("avg")', 'Partial("sum")', "tests/test_linear_sharded.py"),
+    Mutant("logit scale not in the slope", SPARSE, "slope = beta * rule.scale", "slope = beta * 1.0", LINEAR),
+    Mutant("rows of words shifted", TORCH_SPARSE, 'rows = order.div(slope.shape[1], rounding_mode="floor")', 'rows = order.div(slope.shape[1], rounding_mode="floor").clamp(max=3)', LINEAR),
+    Mutant("upstream gradient forgotten", HANDING, "whole = factor * upstream", "whole = factor * 1", LINEAR),
+    Mutant("a second backward allowed", "drift_gate/call/op.py", "ctx.spent = bool(op.hands_out)", "pass", LINEAR),
+    Mutant("coefficients not over the largest", WALK, "return coefficient / _largest(coefficient)", "return coefficient", LINEAR),
+    Mutant("gathered head has the gradient's sum", CHECK, 'Partial("avg")', 'Partial("sum")', "tests/test_linear_sharded.py"),
     # gate
     Mutant("unit mean over all rows", ROWS, "g.sum() / count.sum()", "g.mean() / 1.0 #", GATE),
     Mutant("max not shifted", ROWS, "-tau * (a - masked.min())", "-tau * a", GATE),
     Mutant("sequence mean over the batch", ROWS, 'groups.reduce(g, "sum")', "g.sum()", GATE),
-    Mutant("sign of tau", ROWS, "torch.exp(-tau * a), 0)\n        weight", "torch.exp(tau * a), 0)\n        weight", GATE),
-    Mutant("drift has the other sign", ROWS, "wide(old_log_probs) - wide(log_probs), 0", "wide(log_probs) - wide(old_log_probs), 0", GATE),
-    Mutant("absolute value forgotten", ROWS, "/ count).abs()", "/ count)", GATE),
-    Mutant("mean_abs without abs", ROWS, 'blocks.reduce(drift.abs(), "sum")', 'blocks.reduce(drift, "sum")', GATE),
-    Mutant("rms without root", ROWS, '/ count).sqrt()', "/ count)", GATE),
+    Mutant("sign of tau", ROWS, "torch.exp(-gate.tau * a)", "torch.exp(gate.tau * a)", GATE),
+    Mutant("drift has the other sign", ROWS, "else old - now", "else now - old", GATE),
+    Mutant("absolute value forgotten", ROWS, "return layout.mean(drift, units).abs()", "return layout.mean(drift, units)", GATE),
+    Mutant("mean_abs without abs", ROWS, "return layout.mean(drift.abs(), units)", "return layout.mean(drift, units)", GATE),
+    Mutant("rms without root", ROWS, "units).sqrt()", "units)", GATE),
     Mutant("rms not in units of the largest", ROWS, "(drift / unit).square()", "drift.square()", GATE),
-    Mutant("block border off by one", ROWS, "(rows - first) // block_size", "(rows - first + 1) // block_size", GATE),
-    Mutant("blocks from the sequence's start", ROWS, "(rows - first) // block_size", "rows // block_size", GATE),
-    Mutant("blocks cross sequences", ROWS, "(s[1:] != s[:-1]) | (i[1:] != i[:-1])", "i[1:] != i[:-1]", GATE),
-    Mutant("masked rows counted", ROWS, 'blocks.reduce(valid.to(drift.dtype), "sum")', 'blocks.reduce(torch.ones_like(drift), "sum")', GATE),
-    Mutant("sequences numbered, not by first row", ROWS, "borders[torch.searchsorted(borders, rows, right=True) - 1]", "torch.searchsorted(borders, rows, right=True) - 1", GATE),
+    Mutant("block border off by one", BLOCKS, "(self.rows - self.first(self.sequences)) // self.block_size", "(self.rows - self.first(self.sequences) + 1) // self.block_size", GATE),
+    Mutant("blocks from the sequence's start", BLOCKS, "(self.rows - self.first(self.sequences)) // self.block_size", "(self.rows - self.sequence) // self.block_size", GATE),
+    Mutant("blocks cross sequences", BLOCKS, "(s[1:] != s[:-1]) | (i[1:] != i[:-1])", "i[1:] != i[:-1]", GATE),
+    Mutant("masked rows counted", BLOCKS, 'units.reduce(self.valid.to(x.dtype), "sum")', 'units.reduce(torch.ones_like(x), "sum")', GATE),
+    Mutant("a border belongs to the sequence before", BLOCKS, "torch.searchsorted(borders, rows, right=True) - 1", "torch.searchsorted(borders, rows) - 1", GATE),
     Mutant("weights of invalid rows", ROWS, "return torch.where(valid, g / mean, 0)", "return g / mean + (~valid) * 1e-3", GATE),
     Mutant("gate_ess over all rows", ROWS, "total / square * total * over", "total / square * total / len(weight)", GATE),
     # position losses
-    Mutant("clip bounds swapped", ROWS, "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_high, 1 + clip_low)", OPD),
+    Mutant("clip bounds swapped", ROWS, "ratio.clamp(1 - rule.low, 1 + rule.high)", "ratio.clamp(1 - rule.high, 1 + rule.low)", OPD),
     Mutant("dual clip for gains", ROWS, "(advantage < 0) & (loss > ceiling)", "loss > ceiling", OPD),
     Mutant("slope through the clip", ROWS, "torch.where(clipped | dual, 0, slope)", "torch.where(dual, 0, slope)", OPD),
     Mutant("slope through the dual clip", ROWS, "torch.where(clipped | dual, 0, slope)", "torch.where(clipped, 0, slope)", OPD),
     Mutant("minimum for maximum", ROWS, "loss = torch.maximum(loss, held)", "loss = torch.minimum(loss, held)", OPD),
     Mutant("slope beyond the clamp at 20", ROWS, "torch.where(log_ratio.abs() > 20, 0, loss)", "loss", OPD + " tests/test_limits.py"),
-    Mutant("advantage's sign", ROWS, "advantage = teacher - old", "advantage = old - teacher", OPD),
-    Mutant("advantage clip on one side", ROWS, "advantage.clamp(-advantage_clip, advantage_clip)", "advantage.clamp(max=advantage_clip)", OPD),
+    Mutant("advantage's sign", ROWS, 'target - (found.old if rule.advantage == "old" else found.now)', '(found.old if rule.advantage == "old" else found.now) - target', OPD),
+    Mutant("advantage clip on one side", ROWS, "advantage.clamp(rule.advantage_low, rule.advantage_high)", "advantage.clamp(max=rule.advantage_high)", OPD),
     Mutant("k2 doubled", ROWS, "0.5 * log_ratio.square(), log_ratio", "log_ratio.square(), log_ratio", OPD),
     Mutant("k3's slope's sign", ROWS, "(loss > 10), 0, -growth)", "(loss > 10), 0, growth)", OPD),
     Mutant("k3 not clamped", ROWS, "loss.clamp(max=10), slope", "loss, slope", OPD),
-    Mutant("token mean over all rows", ROWS, "coefficient / valid.sum().clamp(min=1)", "coefficient / len(valid)", OPD),
-    Mutant("sequences that have no row counted", ROWS, "out[3] = valid & (rows == first)", "out[3] = rows == sequence", OPD),
-    Mutant("weight twice in the slope", ROWS, "slope = torch.where(valid, weight * slope, 0)", "slope = torch.where(valid, weight * weight * slope, 0)", OPD),
+    Mutant("token mean over all rows", ROWS, "    size = tokens\n", "    size = torch.full_like(tokens, len(valid))\n", OPD),
+    Mutant("sequences that have no row counted", ROWS, "begins = valid & (layout.rows == layout.first(layout.sequences))", "begins = layout.rows == layout.sequence", OPD),
+    Mutant("weight twice in the slope", ROWS, "slope = torch.where(counts, weight * slope, 0)", "slope = torch.where(counts, weight * weight * slope, 0)", OPD),
     Mutant("ppo_kl not clamped", ROWS, "drift.clamp(-20, 20).sum() * over", "drift.sum() * over", OPD),
-    Mutant("gate not detached", "drift_gate/rows.py", "grad = slope * coefficient * grad_loss", "grad = (slope + 0.01) * coefficient * grad_loss", OPD),
-    Mutant("per-token gradient dropped", "drift_gate/rows.py", "grad = through_token if grad is None else grad + through_token", "grad = through_token if grad is None else grad", OPD),
+    Mutant("gradient of more than the loss", "drift_gate/call/gradients.py", "weight = coefficient * of_loss", "weight = (coefficient + 0.01) * of_loss", OPD),
+    Mutant("per-token gradient dropped", "drift_gate/call/gradients.py", "(weight if of_token is None else weight + of_token)", "weight", OPD),
     # vocabulary passes
-    Mutant("temperature applied twice", PASS, "torch.amax(z, -1, out=maximum)", "torch.amax(z, -1, out=maximum).mul_(scale)", PASSES),
-    Mutant("chunk border off by one", CHUNKS, "x.narrow(0, rows[0], n)", "x.narrow(0, max(rows[0] - 1, 0), n)", PASSES),
-    Mutant("mask dropped in scan", PASS, "for n, (piece,) in chunks(mask, size, x):", "for n, (piece,) in chunks(None, size, x[: int(mask.sum())]):", PASSES),
+    Mutant("temperature applied twice", PASS, "else z.mul_(scale)", "else z.mul_(scale * scale)", PASSES),
+    Mutant("rows of the first sequence", PASS, "on[i : i + count] + b * length", "on[i : i + count]", PASSES),
+    Mutant("mask dropped in scan", PASS, "for b, rows, at in walk(x, valid, len(first)):", "for b, rows, at in walk(x, None, len(first)):", PASSES),
     Mutant("alpha and beta swapped", PASS, "a * p + beta)", "beta * p + a)", PASSES),
     Mutant("duplicates not summed", PASS, "beta = _sum_duplicates(ids, beta)", "pass", f"{TOPK} tests/test_ops.py"),
     Mutant("scale missing in the gradient", PASS, "torch.where(a == 0, beta, value).mul_(scale)", "torch.where(a == 0, beta, value)", PASSES),
-    Mutant("rows without gradient not zeroed", PASS, "tasks += [_Expansion(*pieces) for _, pieces in chunks(off, size, y)]", "pass", PASSES),
+    Mutant("rows without gradient not zeroed", PASS, "    zero(y, ~active)\n", "    pass\n", PASSES),
     Mutant("ids of invalid rows written", PASS, "(listed if valid is None else listed & valid[:, None])", "(listed)", "tests/test_ops.py -k 'expand or opcheck'"),
-    Mutant("entropy's sign", PASS, "torch.sub(total.log(), mean, out=entropy)", "torch.add(total.log(), mean, out=entropy)", PASSES),
-    Mutant("unshifted beyond what is safe", PASS, "SAFE_MAXIMUM = 60.0", "SAFE_MAXIMUM = 1e9", PASSES),
-    Mutant("lse's gradient dropped", "drift_gate/vocabulary.py", "alpha = through_sum if alpha is None else alpha + through_sum", "alpha = through_sum", PASSES),
+    Mutant("entropy's sign", PASS, "entropy[at] = total.log() - mean", "entropy[at] = total.log() + mean", PASSES),
+    Mutant("not shifted by the maximum", PASS, "        z.sub_(top[:, None])\n", "        pass\n", PASSES),
+    Mutant("lse's gradient dropped", "drift_gate/losses/log_probs.py", "torch.zeros_like(maximum) if of_lse is None else of_lse.reshape(-1)", "torch.zeros_like(maximum)", PASSES),
     # top K and full
     Mutant("teacher and student swapped in the mixture", TORCH_TOPK, "m = beta * q + (1 - beta) * p", "m = beta * p + (1 - beta) * q", TOPK),
     Mutant("renormalised slope without its mean", TORCH_TOPK, "slope = g - p * g.sum(-1, keepdim=True)", "slope = g", TOPK),
-    Mutant("the tail's slope dropped", TORCH_TOPK, "torch.where(rest < eps, 0, g_tail / p_tail)", "torch.where(rest < eps, 0, 0 * p_tail)", TOPK),
-    Mutant("missing entries present", "drift_gate/topk_rows.py", "(ids != MISSING) & (teacher != -torch.inf)", "(ids != MISSING)", TOPK),
-    Mutant("reverse is forward", DIVERGENCE, '_kl_statistics(sums, direction == "reverse")', '_kl_statistics(sums, direction == "forward")', FULL),
+    Mutant("the tail's slope dropped", TORCH_TOPK, "torch.where(rest < eps, 0, g_tail / p_tail + c)", "0 * p_tail", TOPK),
+    Mutant("missing entries present", TORCH_TOPK, "(ids != MISSING) & (teacher != -torch.inf)", "(ids != MISSING)", TOPK),
+    Mutant("reverse is forward", DIVERGENCE, '_kl(u, v, direction == "reverse", rest[0]', '_kl(u, v, direction == "forward", rest[0]', FULL),
     Mutant("jsd's weights swapped", DIVERGENCE, "loss = (1 - beta) * divergence + beta *", "loss = beta * divergence + (1 - beta) *", FULL),
-    Mutant("jsd's gradient not weighed", DIVERGENCE, "factor.mul_(1 - beta)", "factor", FULL),
-    Mutant("the centre forgotten", DIVERGENCE, "a.sub_(n).sub_(centre)", "a.sub_(n)", FULL),
+    Mutant("jsd's gradient not weighed", DIVERGENCE, "factor[at] * (1 - beta)", "factor[at]", FULL),
+    Mutant("the centre forgotten", DIVERGENCE, ".sub_(centre[at])", "", FULL),
     Mutant("reverse's mean without the difference of the log-sums", DIVERGENCE, "wide(centre) + (log_sum - teacher_log_sum)", "wide(centre)", FULL),
     Mutant("absent words not clamped", DIVERGENCE, ".clamp_(min=LOWEST)", "", FULL),
-    Mutant("padding words keep what was there", DIVERGENCE, "out.detach()[..., vocab:].zero_()", "pass", FULL),
+    Mutant("padding words keep what was there", DIVERGENCE, "    out.detach()[..., words:].zero_()\n", "    pass\n", FULL),
     # arguments, reduction and spans
-    Mutant("dp_size ignored", "drift_gate/reduction.py", "factor, divisor = float(dp_size), None", "factor, divisor = 1.0, None", OPD),
-    Mutant("loss_scale_factor ignored", "drift_gate/reduction.py", "factor / loss_scale_factor", "factor / (length or 1)", OPD),
-    Mutant("T of a rank's part", "drift_gate/reduction.py", "max(length * ranks_along, 1)", "max(length, 1)", FUZZ),
-    Mutant("row data left strided", "drift_gate/arguments.py", ".reshape(-1).contiguous()", ".reshape(-1)", ARGUMENTS + " tests/test_limits.py"),
+    Mutant("dp_size ignored", CALL, "factor, divisor, denominator = float(dp_size), None", "factor, divisor, denominator = 1.0, None", OPD),
+    Mutant("loss_scale_factor ignored", CALL, "return float(factor)", "return float(length or 1)", OPD),
+    Mutant("T of a rank's part", CALL, "max(length * (size_of(ranks.context) if ranks.context else 1), 1)", "max(length, 1)", FUZZ),
+    Mutant("row data left strided", "drift_gate/call/arguments.py", "return x if x.is_contiguous() else x.contiguous()", "return x", ARGUMENTS + " tests/test_limits.py"),
     Mutant("short rest kept", "drift_gate/spans.py", "if rest and joined:", "if rest > min_length and joined:", SPANS),
     Mutant("pieces not evened out", "drift_gate/spans.py", "if pieces and rest < min_length:", "if False:", SPANS),
-    Mutant("micro-batches not weighed by tokens", "drift_gate/accumulation.py", "everyone.tokens * _quotient", "_quotient", MICRO),
-    Mutant("a mean gate far above the first", "drift_gate/accumulation.py", "if distance > FURTHEST:", "if False:", MICRO),
-    Mutant("a micro-batch that weighs nothing measures", "drift_gate/accumulation.py", " & (first.peak != -torch.inf)", "", MICRO),
-    Mutant("infinite drifts of a part", "drift_gate/rows.py", "blocks[1:2].clamp(max=LARGEST_DRIFT)", "blocks[1:2]", FUZZ),
-    Mutant("infinite drifts of a head's part", "drift_gate/deferred.py", "weighs &= self.total != 0", "pass", FUZZ),
-    Mutant("mean gate of the first kept", "drift_gate/accumulation.py", "self._tokens / self._gates", "1.0", MICRO),
-    Mutant("first denominator kept", "drift_gate/accumulation.py", "self._reference.size / self._size", "1.0", MICRO),
-    Mutant("an empty first micro-batch measures", "drift_gate/accumulation.py", "torch.where(measures, a, b)", "a", MICRO),
-    Mutant("nothing forgotten after a step", "drift_gate/accumulation.py", "        self.reset()\n        return loss", "        return loss", MICRO),
-    Mutant("mean gate inverted", "drift_gate/scope.py", "torch.exp(call.log_quotient(everyone))", "torch.exp(everyone.log_quotient(call))", RANKS),
-    Mutant("ranks not weighed by tokens", "drift_gate/scope.py", "log_means + tokens.log()", "log_means", RANKS + " tests/test_micro_batches.py"),
-    Mutant("a rank's own denominator", "drift_gate/scope.py", "    if counted:\n", "    if False:\n", RANKS),
-    Mutant("per-token losses by the rank's gate", "drift_gate/scope.py", "rescaled(output.token_loss, gate, valid)", "output.token_loss", MICRO),
-    Mutant("a mean gate of no rows", "drift_gate/scope.py", "torch.where(self.tokens > 0, between, 0)", "between", MICRO),
-    Mutant("invalid rows of a part not 0", "drift_gate/scope.py", "torch.where(valid, x * gate, 0)", "x * gate", FUZZ),
-    Mutant("blocks from position 0", "drift_gate/context_parallel.py", "(position - first) // gate.block_size", "position // gate.block_size", RANKS),
-    Mutant("another rank's rows", "drift_gate/context_parallel.py", "first = n * rank_in(context.group)", "first = 0", RANKS),
-    Mutant("span ids as numbers", "drift_gate/context_parallel.py", "        return x.long()\n", "        return x.double().long()\n", FUZZ),
-    Mutant("shards not shifted", "drift_gate/vocab_parallel.py", "(maximum - shift) + log_sum", "log_sum", SHARDS),
-    Mutant("every shard has every word", "drift_gate/vocab_parallel.py", "mine = torch.where(local < 0, 0, gathered)", "mine = gathered", SHARDS),
-    Mutant("entropy of a shard", "drift_gate/vocab_parallel.py", "(log_sum - entropy) + (maximum - shift)", "log_sum - entropy", SHARDS),
-    Mutant("words counted from 0", "drift_gate/vocab_parallel.py", "local = ids - self.first", "local = ids", SHARDS),
-    Mutant("hidden states' gradient of one shard", "drift_gate/ranks.py", "return sum_ranks(wide, ctx.group).to(grad.dtype), None", "return grad, None", SHARDS),
-    Mutant("block numbers from 1", "drift_gate/rows.py", "number = begins.cumsum(0) - 1", "number = begins.cumsum(0)", GATE),
+    Mutant("micro-batches not weighed by tokens", "drift_gate/losses/accumulation.py", "everyone.tokens * _quotient", "_quotient", MICRO),
+    Mutant("a mean gate far above the first", "drift_gate/losses/accumulation.py", "if distance > FURTHEST:", "if False:", MICRO),
+    Mutant("a micro-batch that weighs nothing measures", "drift_gate/losses/accumulation.py", " & (first.peak != -torch.inf)", "", MICRO),
+    Mutant("infinite drifts of a part", ROWS, "        a = a.clamp(max=LARGEST_DRIFT)\n", "        pass\n", FUZZ),
+    Mutant("infinite drifts of a head's part", WALK, "gate._replace(granularity=granularity, part=True)", "gate._replace(granularity=granularity)", FUZZ),
+    Mutant("mean gate of the first kept", "drift_gate/losses/accumulation.py", "self._tokens / self._gates", "1.0", MICRO),
+    Mutant("first denominator kept", "drift_gate/losses/accumulation.py", "self._reference.size / self._size", "1.0", MICRO),
+    Mutant("an empty first micro-batch measures", "drift_gate/losses/accumulation.py", "torch.where(measures, a, b)", "a", MICRO),
+    Mutant("nothing forgotten after a step", "drift_gate/losses/accumulation.py", "        self.reset()\n        return loss", "        return loss", MICRO),
+    Mutant("mean gate inverted", "drift_gate/parallel/scope.py", "torch.exp(call.log_quotient(everyone))", "torch.exp(everyone.log_quotient(call))", RANKS),
+    Mutant("ranks not weighed by tokens", "drift_gate/parallel/scope.py", "log_means + tokens.log()", "log_means", RANKS + " tests/test_micro_batches.py"),
+    Mutant("a rank's own denominator", "drift_gate/parallel/scope.py", "    if counted:\n", "    if False:\n", RANKS),
+    Mutant("per-token losses by the rank's gate", "drift_gate/call/finishing.py", "rescaled(output.token_loss, gate, valid)", "output.token_loss", MICRO),
+    Mutant("a mean gate of no rows", "drift_gate/parallel/scope.py", "torch.where(self.tokens > 0, between, 0)", "between", MICRO),
+    Mutant("invalid rows of a part not 0", "drift_gate/parallel/scope.py", "torch.where(valid, x * factor.to(x.dtype), 0)", "x * factor.to(x.dtype)", FUZZ),
+    Mutant("blocks from position 0", "drift_gate/parallel/sequences.py", "(position - first) // gate.block_size", "position // gate.block_size", RANKS),
+    Mutant("another rank's rows", "drift_gate/parallel/sequences.py", "first = n * rank_in(context.group)", "first = 0", RANKS),
+    Mutant("span ids as numbers", "drift_gate/parallel/sequences.py", "        return x.long()\n", "        return x.double().long()\n", FUZZ),
+    Mutant("shards not shifted", WORDS, "(maximum - shift) + log_sum", "log_sum", SHARDS),
+    Mutant("every shard has every word", WORDS, "torch.where(local < 0, 0, gathered)]", "gathered]", SHARDS),
+    Mutant("entropy of a shard", WORDS, "(log_sum - entropy) + (maximum - shift)", "log_sum - entropy", SHARDS),
+    Mutant("words counted from 0", WORDS, "local = ids - shard.first", "local = ids", SHARDS),
+    Mutant("hidden states' gradient of one shard", "drift_gate/parallel/ranks.py", "return sum_ranks(wide, group).to(grad.dtype)", "return grad", SHARDS),
+    Mutant("block numbers from 1", "drift_gate/call/weighing.py", "number = begins.cumsum(0) - 1", "number = begins.cumsum(0)", GATE),
 ]  # fmt: skip
 
 
-def _native(name: str, file: str, old: str, new: str, nth: int = 0) -> Mutant:
-    return Mutant(f"native: {name}", f"drift_gate/native/{file}", old, new, NATIVE, nth)
+def _native(name: str, file: str, old: str, new: str, nth: int = 0, tests: str = NATIVE) -> Mutant:
+    return Mutant(f"native: {name}", f"drift_gate/passes/native/{file}", old, new, tests, nth)
+
+
+def _native_rows(name: str, file: str, old: str, new: str, nth: int = 0) -> Mutant:
+    return _native(name, file, old, new, nth, NATIVE_ROWS)
+
+
+def _native_topk(name: str, file: str, old: str, new: str, nth: int = 0) -> Mutant:
+    return _native(name, file, old, new, nth, NATIVE_TOPK)
 
 
 C = [
@@ -184,8 +200,57 @@ C = [
     _native("forward's factors swapped", "divergence.h", "* factor - NAME(exp)(v[i] - other_top) * other_factor", "* other_factor - NAME(exp)(v[i] - other_top) * factor"),
     _native("the last tile dropped", "tiles.h", "for (int64_t at = 0; at < vocab; at += TILE)", "for (int64_t at = 0; at < vocab - 1; at += TILE)"),
     _native("a word beyond the row written", "tiles.h", "memcpy((float *)out.data + first, tile, (size_t)n", "memcpy((float *)out.data + first, tile, (size_t)(n + 1)"),
-    _native("zeros beyond the row", "rows.c", "(size_t)((next - row) * vocab * size)", "(size_t)((next - row) * vocab * size + 1)"),
-    _native("zeros over rows between", "rows.c", "out.offsets[next] == out.offsets[next - 1] + vocab", "1"),
+    _native("zeros beyond the row", "jobs.h", "(size_t)((next - row) * words * size)", "(size_t)((next - row) * words * size + 1)"),
+    _native("zeros over rows between", "jobs.h", "start(out, next) == start(out, next - 1) + words", "1"),
+    _native("words that the teacher lacks left alone", "divergence.h", "zero_rows(job->out, row, next, job->vocab, job->all_words);", ";"),
+    _native("invalid rows keep their entries", "expand.h", "if (!job->valid || job->valid[row])", "if (1)"),
+    _native("blank rows without entries", "expand.h", "for (; row < next; row++)", "for (row = next - 1; row < next; row++)"),
+    _native("p - 1 for expm1", "expand.h", "alpha * expm1(log_p)", "alpha * (p - 1)"),
+    _native("the last of the betas of a word alone", "expand.h", "room.sum[owner] += room.sum[k]", "room.sum[owner] = room.sum[k]"),
+    _native("one id beyond the last word", "scan.h", "id >= job->vocab", "id > job->vocab"),
+    _native("a label beyond the teacher's words", "divergence.h", "label >= job->vocab", "label > job->vocab"),
+    _native("an entry beyond the words written", "expand.h", "id < job->vocab", "id <= job->vocab"),
+    _native("a table that loses entries", "lists.h", "slot = (slot + 1) & last", "slot = slot & last, of.slots[slot] = 0"),
+    _native("rows between tasks left out", "rows.c", "rows - first < size ? rows : first + size", "rows - first < size ? rows : first + size - 1"),
+    _native_rows("ignored labels valid", "valid.h", "in && !(job->labels && label == job->ignore_index)", "in"),
+    _native_rows("masks of halves unchecked", "valid.h", "kind == MASK_FLOAT16 ? 0x3c00 : 0x3f80", "kind == MASK_FLOAT16 ? 0x3800 : 0x3f80"),
+    _native_rows("borders that fall", "valid.h", "if (id_at(borders, wide, i) < id_at(borders, wide, i - 1))", "if (0)"),
+    _native_rows("drift the wrong way round", "blocks.h", "(double)data->old[row] - data->now[row]", "(double)data->now[row] - data->old[row]"),
+    _native_rows("blocks from the first row of all", "blocks.h", "(row - start) / rule->block_size == (before - start)", "row / rule->block_size == before"),
+    _native_rows("spans that must be adjacent", "blocks.h", "owner == row - start ? new : found->of[start + owner]", "new"),
+    _native_rows("the mean of squares for its root", "blocks.h", "sqrt(found->size[b] / found->rows[b])", "found->size[b] / found->rows[b]"),
+    _native_rows("NaN forgotten by the largest", "blocks.h", "b > a || b != b ? b : a", "b > a ? b : a"),
+    _native_rows("NaN forgotten by the smallest", "blocks.h", "b < a || b != b ? b : a", "b < a ? b : a"),
+    _native_rows("a mean of blocks, not of rows", "gate.h", "total += found->rows[b] * found->weight[b], rows += found->rows[b]", "total += found->weight[b], rows += 1"),
+    _native_rows("infinite drifts of a part not held", "gate.h", "if (held && found->size[b] > LARGEST_DRIFT)", "if (0)"),
+    _native_rows("a peak where no row weighs", "gate.h", "none_weigh ? -INFINITY : ", ""),
+    _native_rows("gates without a shift", "gate.h", "found->size[b] - lowest", "found->size[b]"),
+    _native_rows("effective rows of squares", "finish.h", "weight_of(job, plan, row) / unit", "weight_of(job, plan, row)"),
+    _native_rows("dual clip of every advantage", "position.h", "advantage < 0 && loss > ceiling", "loss > ceiling"),
+    _native_rows("slope of a clipped ratio", "position.h", "clipped || dual ? 0 : slope", "dual ? 0 : slope"),
+    _native_rows("slope beyond a ratio of exp(20)", "position.h", "fabs(log_ratio) > 20 ? 0 : loss", "loss"),
+    _native_rows("cispo without its log-prob", "position.h", "-within * advantage * now,", "-within * advantage,"),
+    _native_rows("k3 always clamped", "position.h", "rule->clamp ? clamped(-log_ratio, -20, 20) : -log_ratio", "clamped(-log_ratio, -20, 20)"),
+    _native_rows("k3's slope beyond its bound", "position.h", "fabs(log_ratio) > 20 || loss > 10", "fabs(log_ratio) > 20"),
+    _native_rows("the current advantage from old", "position.h", "advantage = target - now", "advantage = target - old"),
+    _native_rows("a ratio of the token's own", "finish.h", "if (job->position.ratio == TOKEN)", "if (1)"),
+    _native_rows("ratios of the gate's blocks", "finish.h", "plan->own_units = job->loss &&", "plan->own_units = 0 && job->loss &&"),
+    _native_rows("row weights change the gate", "finish.h", "job->weight[row] = (float)weight", "job->weight[row] = (float)(weight * (job->row_weights ? job->row_weights[row] : 1))"),
+    _native_rows("NaN in rows of weight 0", "finish.h", "by == 0 ? 0 : by * weight * found.loss", "by * weight * found.loss"),
+    _native_rows("sequences without valid rows counted", "finish.h", "all->sequences += block > before", "all->sequences += 1"),
+    _native_topk("a word counted again", "support.h", "here = !(seen[id >> 6] & bit);", "here = 1;"),
+    _native_topk("words of the row before", "support.h", "seen[id >> 6] = 0;", ";"),
+    _native_topk("the last row listed twice", "support.h", "value < found &&", "value > 0 &&"),
+    _native_topk("entries that do not count", "topk.h", "present[i] ? from[i] : -INFINITY", "from[i]"),
+    _native_topk("tails by float32's exponentials", "topk.h", "support == TAIL), 0}", "0), 0}"),
+    _native_topk("masses that meet none finite", "topk_sums.h", "return lacks && loss == loss ? INFINITY : loss", "return loss + 0 * lacks"),
+    _native_topk("the held tail has a slope", "topk_sums.h", "if (!rest.held)", "if (1)"),
+    _native_topk("the JSD's held tail has a slope", "topk_sums.h", "if (!rest.held)", "if (1)", 1),
+    _native_topk("the constant of the reverse's slope", "topk_sums.h", "double shift = 1,", "double shift = 0,"),
+    _native_topk("mixed weights swapped", "topk_sums.h", "{1 - beta, 0, beta}", "{beta, 0, 1 - beta}"),
+    _native_topk("digits of the logarithm near 1", "arithmetic.h", "+ (x - (y - 1.0f)) / y", ""),
+    _native_topk("digits of expm1 near 0", "arithmetic.h", "power * NAME(growth)(of.r) + (power - 1.0f)", "power * (NAME(growth)(of.r) + 1.0f) - 1.0f"),
+    _native_topk("exponentials of large logits", "arithmetic.h", "return x > 88.72284f ? INFINITY : p;", "return x > 80.0f ? INFINITY : p;"),
 ]  # fmt: skip
 
 
@@ -194,40 +259,42 @@ def _kernel(name: str, file: str, old: str, new: str, tests: str, nth: int = 0) 
 
 
 KERNELS = [
-    _kernel("sum not rescaled", "scan", "total = total * carry + tl.sum(weight, 1)", "total = total + tl.sum(weight, 1)", K_SCAN),
+    _kernel("sum not rescaled", "scan", "total *= carry", "total *= 1.0", K_SCAN),
     _kernel("lanes not rescaled", "scan", "tl.sum(total * carry, 0)", "tl.sum(total, 0)", K_SCAN),
-    _kernel("tail mask off by one", "scan", "inside = lane < vocab + shift - full * TILE", "inside = lane <= vocab + shift - full * TILE", K_SCAN),
-    _kernel("first tile's mask dropped", "scan", "inside = (lane >= shift) & (lane < vocab + shift)", "inside = lane < vocab + shift", K_SCAN),
+    _kernel("tail mask off by one", "scan", "rest = vocab + shift - full * TILE", "rest = vocab + shift - full * TILE + 1", K_SCAN),
+    _kernel("first tile's mask dropped", "scan", "load_lanes(pointers, word, shift, vocab + shift", "load_lanes(pointers, word, 0, vocab + shift", K_SCAN),
     _kernel("label's bound dropped", "scan", "(column >= 0) & (column < vocab) & live", "live", K_SCAN),
-    _kernel("a split's last tile dropped", "scan", "last = tl.minimum(first + share, tiles)", "last = tl.minimum(first + share, tiles - 1)", K_SCAN),
+    _kernel("a split's last tile dropped", "scan", "last = (split + 1) * tiles // SPLITS", "last = (split + 1) * (tiles - 1) // SPLITS", K_SCAN),
     _kernel("invalid rows are read", "scan", "last = tl.where(live, last, first)", "", K_ROWS),
     _kernel("batch stride for rows", "scan", "(row % length) * stride_row", "(row % length) * stride_batch", K_SCAN),
-    _kernel("max of an empty lane", "scan", 'shift = tl.where(new == -float("inf"), 0.0, new)', "shift = new", K_SCAN),
+    _kernel("max of an empty lane", "lanes", 'shift = tl.where(new == -float("inf"), 0.0, new)', "shift = new", K_SCAN),
     _kernel("scale missing in the gradient", "expand", "tl.where(alpha == 0.0, b, g) * scale", "tl.where(alpha == 0.0, b, g)", K_SCAN),
     _kernel("alpha's sign", "expand", "g = (alpha * scale) * tl.exp2", "g = (-alpha * scale) * tl.exp2", K_SCAN),
     _kernel("target a column late", "expand", "is_target = start + lane == target_column", "is_target = start + lane == target_column + 1", K_SCAN),
     _kernel("writes beyond the row", "expand", "mask = (start + lane >= shift) & (start + lane < vocab + shift)", "mask = start + lane < vocab + shift", K_SCAN),
     _kernel("duplicates get one beta", "expand", "same = column[:, None] == peer[None, :]", "same = k[:, None] == j[None, :]", K_SCAN),
     _kernel("expm1 of another point", "common", "y = 1.0 + x * y * (1.0 / 2.0)", "y = 1.0 + x * y * (1.0 / 3.0)", K_SCAN),
-    _kernel("block border off by one", "blocks", "(row - first) // block_size * block_size", "(row - first + 1) // block_size * block_size", K_ROWS),
-    _kernel("spans cross ids", "blocks", "member &= tl.load(span_ids + j", "member |= tl.load(span_ids + j", K_ROWS),
-    _kernel("NaN drift dropped", "blocks", 'tl.where(nans > 0, float("nan"), result)', "result", K_ROWS),
-    _kernel("rms of large drifts", "blocks", "unit = tl.where((largest > 0.0) & (largest < float(\"inf\")), largest, 1.0)", "unit = tl.where(largest > 0.0, 1.0, 1.0)", "tests/test_kernels_opd.py -k 'however_large and rms'"),
-    _kernel("drift not shifted", "sampled_token", "weight = tl.exp(-tau * (a - shift)) / mean", "weight = tl.exp(-tau * a) / mean", K_ROWS),
-    _kernel("mean over all rows", "sampled_token", "tl.sum(total, 0) / tl.maximum(tl.sum(count, 0), 1.0)", "tl.sum(total, 0) / (hi - lo)", K_ROWS),
-    _kernel("dual clip dropped", "sampled_token", "loss = tl.where(dual, ceiling, loss)", "", K_ROWS),
-    _kernel("slope through the clip", "sampled_token", "slope = tl.where(clipped, 0.0, slope)", "", "tests/test_kernels_opd.py -k test_estimators"),
+    _kernel("block border off by one", "blocks", "tl.where(opening == FAR_, end, opening + block * size)", "tl.where(opening == FAR_, end, opening + block * size + 1)", K_ROWS),
+    _kernel("spans cross ids", "spans", "mask=inside, other=0)[None, :] == id[:, None]", "mask=inside, other=0)[None, :] <= id[:, None]", K_ROWS),
+    _kernel("NaN drift dropped", "aggregates", "total = tl.sum(tl.where(size == size, 0.0, size), AXIS)", "total = tl.sum(tl.where(size == size, 0.0, 0.0), AXIS)", K_ROWS),
+    _kernel("rms of large drifts", "aggregates", 'tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0)', "tl.where(largest > 0.0, 1.0, 1.0)", "tests/test_kernels_opd.py -k 'however_large and rms'"),
+    _kernel("drift not shifted", "sampled_token", "            weight = tl.exp(-tau * (a - lowest)) / mean", "            weight = tl.exp(-tau * a) / mean", K_ROWS),
+    _kernel("mean over all rows", "sampled_token", "tl.sum(total, 0) / tl.maximum(n_valid.to(tl.float32), 1.0)", "tl.sum(total, 0) / (n_valid + 1)", K_ROWS),
+    _kernel("dual clip dropped", "position", "        loss = tl.where(over, ceiling, loss)\n", "", K_ROWS),
+    _kernel("slope through the clip", "position", "slope = tl.where(clipped, 0.0, slope)", "slope = slope + 0.0", "tests/test_kernels_opd.py -k test_estimators"),
     _kernel("slope not weighed", "sampled_token", "slope = tl.where(live, weight * slope, 0.0)", "slope = tl.where(live, slope, 0.0)", "tests/test_kernels_opd.py -k test_estimators"),
-    _kernel("NaN metrics dropped", "sampled_token", "lowest = tl.where(total == total, tl.min(weight_min, 0), total)", "lowest = tl.min(weight_min, 0)", K_ROWS),
+    _kernel("NaN metrics dropped", "row_sums", "tl.where(known, least, share)", "least", K_ROWS),
     _kernel("absent words counted", "topk", "tl.where(here, tl.exp(log_p), 0.0)", "tl.where(here, tl.exp(log_p), 1.0)", K_TOPK),
-    _kernel("the tail's floor", "topk", "tl.where(rest < EPS, EPS, rest)", "rest", K_TOPK + " tests/test_limits.py"),
+    _kernel("the tail's floor", "topk", "p_tail = tl.where(left < EPS, EPS, left)", "p_tail = left", K_TOPK + " tests/test_limits.py"),
     _kernel("an infinity lost with its mass", "topk", "tl.where(difference == float(\"inf\"), difference, x * difference)", "tl.where(x == 0.0, 0.0, x * difference)", K_TOPK),
-    _kernel("beta swapped", "topk", "m = BETA * q + (1.0 - BETA) * p", "m = BETA * p + (1.0 - BETA) * q", K_TOPK + " -k 'not raw'"),
-    _kernel("cross moment not moved", "divergence", "cross = (cross + total * moved) * carry", "cross = cross * carry", K_FULL),
-    _kernel("infinity forgotten", "divergence", "(infinite > 0.0) & (loss == loss)", "(infinite > 9.0) & (loss == loss)", K_FULL),
+    _kernel("beta swapped", "topk", "m = beta * q + rest * p", "m = beta * p + rest * q", K_TOPK + " -k 'not raw'"),
+    _kernel("cross moment not moved", "divergence", "cross = (cross + total * (delta - other_delta)) * carry", "cross = cross * carry", K_FULL),
+    _kernel("infinity forgotten", "divergence", "(infinite > -0.5 * LOWEST_) &", "(infinite > -9.0 * LOWEST_) &", K_FULL),
     _kernel("jsd's centre is its loss", "divergence", "tl.where(live, centre, 0.0)", "tl.where(live, loss, 0.0)", K_FULL),
-    _kernel("large products subtracted", "paired", "log_p = (x - top) * scale - log_sum", "log_p = (x * scale - top * scale) - log_sum", K_FULL),
+    _kernel("large products subtracted", "paired", "log_p = (x - top) * scale_log2 - log_sum", "log_p = (x * scale_log2 - top * scale_log2) - log_sum", K_FULL),
     _kernel("student's padding unwritten", "divergence_grad", "(start + lane < words + shift)", "(start + lane < vocab + shift)", K_FULL),
+    _kernel("a word's first segment", "sparse", "row = 2 * first + tl.where(begin % SEGMENT == 0, 0, 1)", "row = 2 * first", K_SPARSE),
+    _kernel("a segment's other word", "sparse", "if other != word:", "if other < 0:", K_SPARSE),
     _kernel("centre forgotten", "divergence_grad", "(log_p - log_q - centre)", "(log_p - log_q)", K_FULL),
 ]  # fmt: skip
 

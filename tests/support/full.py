@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from drift_gate import full_loss
+from drift_gate.choices import FULL_DIRECTIONS
 
 from .judge import loss_and_grad
-from .problems import draw
+from .problems import draw, move
 
-DIRECTIONS = ["reverse", "forward", "jsd"]
-EACH_DIRECTION = pytest.mark.parametrize("direction", DIRECTIONS)
-EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
+EACH_DIRECTION = pytest.mark.parametrize("direction", FULL_DIRECTIONS)
 INF, NAN = float("inf"), float("nan")
 
 
@@ -36,13 +35,8 @@ class FullProblem:
     def to(self, target: torch.device | torch.dtype) -> FullProblem:
         """On another device, or in another float dtype."""
 
-        def move(x: Any) -> Any:
-            integer = isinstance(x, Tensor) and not x.is_floating_point()
-            keep = isinstance(target, torch.dtype) and integer
-            return x if keep or not isinstance(x, Tensor) else x.detach().to(target)
-
-        options = {name: move(value) for name, value in self.options.items()}
-        return FullProblem(*map(move, self.arguments()), options)
+        options = {name: move(value, target) for name, value in self.options.items()}
+        return FullProblem(*(move(x, target) for x in self.arguments()), options)
 
 
 def draw_full(*shape: int, **options: Any) -> FullProblem:
@@ -56,9 +50,9 @@ def draw_full(*shape: int, **options: Any) -> FullProblem:
     )
 
 
-def losses(problem: FullProblem, backend: str = "torch", **options: Any) -> tuple[Any, Tensor]:
+def losses(problem: FullProblem, backend: str = "auto", **options: Any) -> tuple[Any, Tensor]:
     """The ungated per-token losses and the gradient of their sum."""
-    options = {"gate": None, "loss_agg_mode": "none", **options}
+    options = {"gate": None, "reduction": "none", **options}
     upstream = torch.ones(problem.logits.shape[:-1])
     upstream = upstream.to(torch.promote_types(problem.logits.dtype, torch.float32))
     return loss_and_grad(problem, backend, upstream, function=full_loss, **options)

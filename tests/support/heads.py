@@ -11,9 +11,9 @@ from torch import Tensor
 
 import drift_gate as dg
 
-from .judge import PER_TOKEN
+from .judge import PER_TOKEN, metric_of
 from .numerics import assert_as_good_as
-from .problems import log_probs_of, move
+from .problems import log_probs_of, move, per_token
 
 FORMS = ("opd", "topk", "full")
 
@@ -24,10 +24,17 @@ class HeadProblem:
 
     form: str
     hidden: Tensor  # [..., H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
+    head: dg.Head
     rest: list[Any]
     options: dict[str, Any]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.head.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.head.bias
 
     @property
     def function(self) -> Callable[..., dg.LossOutput]:
@@ -35,10 +42,17 @@ class HeadProblem:
 
     def to(self, target: torch.device | torch.dtype) -> HeadProblem:
         """On another device; or hidden states, head and log-probs in another dtype."""
-        head = [move(x, target) for x in (self.hidden, self.weight, self.bias)]
+        hidden, head = move(self.hidden, target), move(self.head, target)
         rest = [move(x, target) for x in self.rest]
         options = {name: move(value, target) for name, value in self.options.items()}
-        return HeadProblem(self.form, *head, rest, options)
+        return HeadProblem(self.form, hidden, head, rest, options)
+
+    def head_of(
+        self, weight: Tensor, bias: Tensor | None = None, chunk_size: int | None = None
+    ) -> dg.Head:
+        """The head with other parameters, and in other chunks where they are given."""
+        size = chunk_size or self.head.chunk_size
+        return dataclasses.replace(self.head, weight=weight, bias=bias, chunk_size=size)
 
 
 def draw_head(
@@ -51,6 +65,8 @@ def draw_head(
     dtype: torch.dtype = torch.float32,
     bias: bool = True,
     softcap: float | None = 6.0,  # the logits lie within +-10: it bends them
+    logit_scale: float = 1.0,
+    chunk_size: int | None = None,
     masked: float = 0.0,
     **options: Any,
 ) -> HeadProblem:
@@ -66,7 +82,6 @@ def draw_head(
     logits = hidden.float() @ weight.float().T
     if shift is not None:
         logits = logits + shift.float()
-    options = {"softcap": softcap, **options}
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     labels = logits.softmax(-1).reshape(-1, vocab).multinomial(1, generator=generator).view(shape)
@@ -80,18 +95,19 @@ def draw_head(
         log_q, ids = teacher.log_softmax(-1).topk(k)
         rest = [labels, old, ids, log_q]
     else:
-        rest = [
-            labels,
-            old,
-            normal(*shape, width + 8).to(dtype),
-            normal(vocab, width + 8).to(dtype),
-        ]
-        options["teacher_softcap"] = softcap
-    return HeadProblem(form, hidden, weight, shift, rest, options)
+        theirs = normal(*shape, width + 8).to(dtype)
+        their_head = dg.Head(normal(vocab, width + 8).to(dtype), softcap=softcap)
+        rest = [labels, old, theirs, their_head]
+    head = dg.Head(weight, shift, softcap, logit_scale, chunk_size)
+    return HeadProblem(form, hidden, head, rest, options)
 
 
 def run_head(
-    problem: HeadProblem, backend: str, upstream: Tensor | None = None, **options: Any
+    problem: HeadProblem,
+    backend: str,
+    upstream: Tensor | None = None,
+    chunk_size: int | None = None,
+    **options: Any,
 ) -> tuple[dg.LossOutput, list[Tensor]]:
     """A loss and the gradients of hidden states, weight and bias."""
     leaves = [
@@ -100,8 +116,8 @@ def run_head(
         if x is not None
     ]
     merged = {"return_entropy": True, **problem.options, **options, "backend": backend}
-    bias = leaves[2] if len(leaves) == 3 else None
-    result = problem.function(*leaves[:2], *problem.rest, bias=bias, **merged)
+    head = problem.head_of(*leaves[1:], chunk_size=chunk_size)
+    result = problem.function(leaves[0], head, *problem.rest, **merged)
     return result, list(torch.autograd.grad(result.loss, leaves, upstream))
 
 
@@ -133,15 +149,15 @@ def _three_runs(
 ) -> dict[str, tuple[Tensor, ...]]:
     """By name, each flattened: the result, eager PyTorch's, and the float64 truth."""
     shape = problem.hidden.shape[:-1]
-    none = {**problem.options, **options}.get("loss_agg_mode") == "none"
-    weights = torch.linspace(-1, 1, shape.numel()).view(shape) if none else None
+    apart = per_token({**problem.options, **options})
+    weights = torch.linspace(-1, 1, shape.numel()).view(shape) if apart else None
 
     def run(p: HeadProblem, name: str, where: Any) -> dict[str, Tensor]:
         dtype = torch.promote_types(p.hidden.dtype, torch.float32)
         upstream = None if weights is None else weights.to(where, dtype)
         result, grads = run_head(p.to(torch.device(where)), name, upstream, **options)
         tensors = {key: getattr(result, key) for key in ("loss", *PER_TOKEN)}
-        tensors |= result.metrics if metrics else {}
+        tensors |= {name: metric_of(name, result) for name in result.metrics if metrics}
         names = ("hidden", "weight", "bias")
         tensors |= {f"gradient of {k}": g for k, g in zip(names, grads, strict=False)}
         return {k: x.detach().cpu().reshape(-1) for k, x in tensors.items() if x is not None}

@@ -5,14 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import drift_gate as dg
+from drift_gate.passes import native
 
 from .numerics import assert_as_good_as
+from .problems import per_token
 
+FUSED = ("native", "torch") if native.takes() else ("torch",)
+"""Backends that run on this CPU."""
+EACH_FUSED = pytest.mark.parametrize("backend", FUSED)
+EACH_BACKEND = pytest.mark.parametrize("backend", [*FUSED, "reference"])
+EACH_WIDE = pytest.mark.parametrize("backend", ["torch", "reference"])
+"""Those that take float64."""
 PER_TOKEN = ("token_loss", "log_probs", "gate", "drift", "entropy")
+SIGNED_MEANS = ("drift_signed", "ppo_kl")
+
+
+def metric_of(name: str, output: dg.LossOutput) -> Tensor:
+    """A metric [1]. A mean of signed terms stands beside them [N + 1]: it is no more wrong than the
+    worst of them, and how far their errors cancel in one order of summation is chance."""
+    value = output.metrics[name].detach().reshape(1)
+    return torch.cat([output.drift.flatten(), value]) if name in SIGNED_MEANS else value
 
 
 def loss_and_grad(
@@ -51,7 +68,7 @@ def assert_same_budget(
 ) -> None:
     """Loss, per-token outputs, metrics and gradient are as good as eager PyTorch's."""
     upstream = None
-    if {**problem.options, **options}.get("loss_agg_mode") == "none":
+    if per_token({**problem.options, **options}):
         shape = problem.logits.shape[:-1]
         upstream = torch.linspace(-1, 1, shape.numel()).view(shape)
 
@@ -66,17 +83,15 @@ def assert_same_budget(
     eager, eager_grad = run(problem, "reference", "cpu")
     truth, truth_grad = run(problem.to(torch.float64), "reference", "cpu")
     for name in PER_TOKEN:
-        triple = (getattr(x, name).detach() for x in (got, eager, truth))
-        assert_as_good_as(*(x.cpu().reshape(-1) for x in triple), name=name)
+        triple = [getattr(x, name).detach().cpu().reshape(-1) for x in (got, eager, truth)]
+        if name == "drift" and triple[0].dtype == torch.float64:
+            # A difference has the digits of the log-probs, and eager float64 is the truth itself.
+            triple = [torch.cat([x, truth.log_probs.reshape(-1).to(x.dtype)]) for x in triple]
+        assert_as_good_as(*triple, name=name)
     # A mean is no more wrong than the worst of its tokens; how far their errors cancel is chance.
     losses = (torch.cat([x.token_loss.flatten(), x.loss.flatten()]) for x in (got, eager, truth))
     assert_as_good_as(*(x.detach().cpu() for x in losses), name="loss")
     assert got.metrics.keys() == truth.metrics.keys()
-    for name, value in truth.metrics.items():
-        if value.is_floating_point():
-            assert_as_good_as(
-                got.metrics[name].cpu()[None], eager.metrics[name][None], value[None], name=name
-            )
-        else:
-            assert got.metrics[name].cpu() == value, name
+    for name in truth.metrics:
+        assert_as_good_as(*(metric_of(name, x).cpu() for x in (got, eager, truth)), name=name)
     assert_as_good_as(got_grad.cpu(), eager_grad, truth_grad, name="gradient")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -127,6 +128,18 @@ def record_launches() -> Iterator[list[Launch]]:
 
     with _replaced(JITFunction, "run", run):
         yield launches
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """The launches in the block fail to compile, at a `tl.static_assert` that says "unknown"."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        yield
+    reasons, error = [], caught.value
+    while error is not None:
+        reasons.append(str(error))
+        error = error.__cause__
+    assert any("unknown" in reason for reason in reasons), reasons
 
 
 def _launch(

@@ -30,12 +30,22 @@ class Problem:
 
 
 def move(x: Any, target: torch.device | torch.dtype) -> Any:
-    """Tensors to a device, or those of floating point to a dtype; anything else as it is."""
+    """Tensors to a device, or those of floating point to a dtype, also in a `Head` or a
+    `Reduction`; anything else as it is."""
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        moved = {f.name: move(getattr(x, f.name), target) for f in dataclasses.fields(x)}
+        return dataclasses.replace(x, **moved)
     if not isinstance(x, Tensor):
         return x
     if isinstance(target, torch.dtype) and not x.is_floating_point():
         return x
     return x.detach().to(target)
+
+
+def per_token(options: dict[str, Any]) -> bool:
+    """Whether the loss is the per-token losses."""
+    reduction = options.get("reduction")
+    return getattr(reduction, "mode", reduction) == "none"
 
 
 def log_probs_of(logits: Tensor, labels: Tensor) -> Tensor:

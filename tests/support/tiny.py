@@ -25,10 +25,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def model(seed: int, hidden: int = 16) -> Qwen2ForCausalLM:
-    """Logits spread over a nat or two, so that no distribution is flat."""
+def model(seed: int, hidden: int = 16, words: int = len(WORDS)) -> Qwen2ForCausalLM:
+    """Logits spread over a nat or two, so that no distribution is flat. words: those beyond the
+    tokenizer's are padding."""
     config = Qwen2Config(
-        vocab_size=len(WORDS), hidden_size=hidden, intermediate_size=32, num_hidden_layers=1,
+        vocab_size=words, hidden_size=hidden, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
         tie_word_embeddings=False, eos_token_id=EOS, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip

@@ -1,0 +1,99 @@
+"""Time of the device alone, without the host that feeds it: a CUDA graph's replay, or kernels.
+
+A call may take longer than its kernels, where Python is slower than they are. A run that does not
+synchronise is captured in a CUDA graph, whose replay has no host in it. Of any other the kernels
+are summed, as torch.profiler sees them; gaps between them do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from .timing import Run, larger_than_l2
+
+Timer = Callable[[], float]  # seconds of one run; what restores its inputs is not timed
+GRAPH, KERNELS = "graph", "kernels"
+
+
+def timer(before: Run, run: Run, device: torch.device) -> tuple[Timer, str] | None:
+    """What times the device in a warm run, and how: GRAPH or KERNELS.
+
+    None where neither can be had: no figure of a call is lost for that.
+    """
+    for prepare, how in ((_replays, GRAPH), (_kernels, KERNELS)):
+        try:
+            found = prepare(before, run, device)
+            if found() > 0:  # a profiler without rights on the device sees nothing
+                return found, how
+        except Exception:  # what cannot be captured may raise whatever it likes
+            torch.cuda.synchronize(device)
+    return None
+
+
+def _replays(before: Run, run: Run, device: torch.device) -> Timer:
+    graph = _captured(before, run, device)
+    return lambda: _replayed(before, graph, device)
+
+
+def _kernels(before: Run, run: Run, device: torch.device) -> Timer:
+    return lambda: _profiled(before, run, device)
+
+
+def _captured(before: Run, run: Run, device: torch.device) -> torch.cuda.CUDAGraph:
+    """A graph of the run.
+
+    Raises:
+        RuntimeError: the run synchronises, or does something else that a graph cannot.
+    """
+    side, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    before()
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        torch.cuda.set_sync_debug_mode("error")  # found here, it breaks no capture
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    here.wait_stream(side)
+    before()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        run()
+    torch.cuda.synchronize(device)
+    return graph
+
+
+def _replayed(before: Run, graph: torch.cuda.CUDAGraph, device: torch.device) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        before()
+        larger_than_l2(device).zero_()
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+    return 1e-3 * start.elapsed_time(end)
+
+
+def _profiled(before: Run, run: Run, device: torch.device) -> float:
+    with torch.cuda.device(device):
+        before()
+        larger_than_l2(device).zero_()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            run()
+            torch.cuda.synchronize()
+    return 1e-6 * sum(event.self_device_time_total for event in device_events(profiler))
+
+
+def device_events(profiler: profile) -> list:
+    """What ran on the device, by name: kernels, copies and fills."""
+    return [
+        event
+        for event in profiler.key_averages()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]

@@ -1,0 +1,138 @@
+"""Checks of single arguments: metadata alone, and text only where something is wrong.
+
+Every message names the argument, what it was and what it should be. Values of tensors are read in
+the passes: that would synchronise a GPU here, and break a traced graph.
+"""
+
+import math
+import numbers
+from collections.abc import Collection, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+INTEGERS = (torch.int32, torch.int64)
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
+
+def wrong_type(name: str, x: object, wanted: str) -> NoReturn:
+    raise TypeError(f"{name} must be {wanted}; got {type(x).__name__}")
+
+
+def floating(name: str, x: Any) -> None:
+    """Raise unless x is a floating-point tensor."""
+    if not isinstance(x, Tensor):
+        wrong_type(name, x, "a torch.Tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor; got {x.dtype}")
+
+
+def integer(name: str, x: Any) -> None:
+    """Raise unless x is an int64 or int32 tensor."""
+    if not isinstance(x, Tensor):
+        wrong_type(name, x, "a torch.Tensor")
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"{name} must be int64 or int32; got {x.dtype}")
+
+
+def like(name: str, x: Tensor, shape: Sequence[int], device: torch.device, of: str) -> None:
+    """Raise unless x has this shape and lies on this device, both of the argument named `of`."""
+    if x.shape != shape:
+        raise ValueError(f"{name} must have the shape of {of}, {list(shape)}; got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on the device of {of}, {device}; got {x.device}")
+
+
+def option(name: str, value: object, options: Collection[str]) -> None:
+    """Raise unless the value is one of the options."""
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}; got {value!r}")
+
+
+def number(name: str, value: Any, above: float, inclusive: bool = False) -> None:
+    """Raise unless the value is a finite number greater than (or equal to) `above`."""
+    if type(value) not in NUMBERS and (
+        isinstance(value, bool) or not isinstance(value, numbers.Real)
+    ):
+        wrong_type(name, value, "a number")
+    if not (value < math.inf and (value >= above if inclusive else value > above)):
+        relation = "at least" if inclusive else "greater than"
+        raise ValueError(f"{name} must be finite and {relation} {above:g}; got {value}")
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """The value as an int, at least this."""
+    if type(value) is not int:
+        if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+            wrong_type(name, value, "an int")
+        value = value if isinstance(value, torch.SymInt) else int(value)
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
+    return value
+
+
+def logits_like(name: str, x: Any, any_rank: bool = False) -> None:
+    """Raise unless x is [N, V] or [B, T, V] (or of any rank), its last dimension contiguous."""
+    floating(name, x)
+    dims = x.dim()
+    if dims == 0 or not (any_rank or dims == 2 or dims == 3):
+        shapes = "[..., V]" if any_rank else "[N, V] or [B, T, V]"
+        raise ValueError(f"{name} must be {shapes}; got shape {list(x.shape)}")
+    vocab = x.shape[-1]
+    if vocab == 0:
+        raise ValueError(f"{name} must have at least one word; got shape {list(x.shape)}")
+    if x.stride(-1) != 1 and vocab > 1 and x.numel() > 0:
+        raise ValueError(
+            f"{name} must be contiguous in their last dimension; got strides "
+            f"{list(x.stride())}. {name}.contiguous() copies them once"
+        )
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether elements of x may lie in the same memory, as those of expanded tensors do."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def writable(name: str, x: Tensor, wanted: bool) -> None:
+    """Raise where a gradient is to be written over memory that overlaps itself; under
+    torch.compile it never is."""
+    if wanted and not torch.compiler.is_compiling() and overlaps(x):
+        raise ValueError(
+            f"inplace_backward needs {name} that do not overlap themselves in memory; got strides "
+            f"{list(x.stride())} for shape {list(x.shape)}. {name}.contiguous() copies them once, "
+            "inplace_backward=False writes the gradient elsewhere"
+        )
+
+
+def as_batch(x: Tensor) -> Tensor:
+    """[..., V] as [B, T, V]: a view where the strides allow it, for [N, V] and [B, T, V] always."""
+    dims = x.dim()
+    if dims == 3:
+        return x
+    return x[None] if dims == 2 else x.reshape(1, -1, x.shape[-1])
+
+
+def flat(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Row data as [N], detached and contiguous: a copy of at most N elements."""
+    x = x.detach().reshape(-1)
+    if dtype is not None and x.dtype != dtype:
+        return x.to(dtype)
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def row_data(
+    name: str, x: Any, shape: Sequence[int], device: torch.device, of: str, dtype: torch.dtype
+) -> Tensor:
+    """Floating-point data of each row as [N] in this dtype."""
+    if not (isinstance(x, Tensor) and x.is_floating_point()):
+        floating(name, x)
+    if x.shape != shape or x.device != device:
+        like(name, x, shape, device, of)
+    return flat(x, dtype)

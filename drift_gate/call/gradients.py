@@ -1,0 +1,82 @@
+"""Gradients of the size of the logits: where they go, and how `expand` writes them."""
+
+import ctypes
+import functools
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..parallel.words import Shard, own
+from ..passes.backends import passes_of
+
+HUGE_PAGE = 1 << 21  # bytes
+MADV_HUGEPAGE = 14  # of Linux
+
+
+def expand(
+    backend: str,
+    logits: Tensor,  # [B, T, V]
+    ids: Tensor,  # [N, K], counted from the first of all ranks' words
+    maximum: Tensor,  # [N], from scan, as the next two
+    log_sum: Tensor,  # [N]
+    gathered: Tensor,  # [N, K]
+    valid: Tensor | None,  # [N]
+    alpha: Tensor,  # [N]
+    beta: Tensor,  # [N, K]
+    scale: float,
+    shard: Shard,
+    inplace: bool,
+) -> Tensor:
+    """scale * (alpha softmax(z) + sum_k beta_k onehot(ids_k)) of this rank's words."""
+    if shard.group:
+        ids = own(shard, ids, logits.shape[2])
+    out = logits.detach() if inplace else empty(logits.shape, logits.dtype, logits.device)
+    passes_of(backend).expand(
+        logits, ids, maximum, log_sum, gathered, valid, alpha, beta, scale, out
+    )
+    if inplace:
+        overwritten(logits)
+    return out
+
+
+def overwritten(x: Tensor) -> None:
+    """Tell autograd that x holds a gradient now: it then refuses whatever still needs x."""
+    torch.autograd.graph.increment_version(x)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised contiguous tensor for a gradient.
+
+    On a CPU the system is asked for huge pages, where they are left to the program: to touch a new
+    gradient in pages of 4 KiB takes half as long as to compute it.
+    """
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if out.is_cpu and out.nbytes >= 2 * HUGE_PAGE:
+        first = -(-out.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+        size = (out.data_ptr() + out.nbytes - first) // HUGE_PAGE * HUGE_PAGE
+        advise = _madvise()
+        if advise is not None:
+            advise(first, size, MADV_HUGEPAGE)  # an error means that there are none
+    return out
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """Linux's madvise(address, bytes, advice); None elsewhere."""
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return function
+
+
+def row_gradient(
+    slope: Tensor, coefficient: Tensor, of_loss: Tensor | None, of_token: Tensor | None
+) -> Tensor:
+    """dL/dx [N] of a row function from its slope, the gradient of the loss and of token losses."""
+    if of_loss is None:
+        return torch.zeros_like(slope) if of_token is None else slope * of_token
+    weight = coefficient * of_loss
+    return slope * (weight if of_token is None else weight + of_token)

@@ -1,0 +1,175 @@
+"""The teacher's lists: their checks, which entries count, and the divergence over them."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..choices import DIRECTIONS, SUPPORTS
+from ..parallel.agreement import Meeting
+from ..passes.backends import passes_of
+from ..passes.rules import limit_of
+from . import arguments
+from .rows import Call, Student
+from .weighing import valid_rows
+
+
+class Kind(NamedTuple):
+    """Which divergence: see `topk_loss`."""
+
+    direction: str
+    support: str
+    beta: float
+    floor: float
+    """Log-probs of the listed words are at least this; -inf: no floor."""
+    teacher_temperature: float
+    """Divides the teacher's log-probs."""
+
+
+class Lists(NamedTuple):
+    """The teacher's K words of every row."""
+
+    ids: Tensor  # [N, K] int32 or int64
+    teacher: Tensor  # [N, K] log-probs in the accumulation dtype
+    check_duplicates: bool
+    ignore_unknown: bool
+
+
+class Listed(NamedTuple):
+    """Which entries count."""
+
+    words: Tensor  # [N, K]; 0 where missing
+    present: Tensor  # [N, K] bool
+    valid: Tensor  # [N] rows that are valid and list anything
+    counts: Tensor  # [2]: valid rows that list nothing, and words listed again
+
+
+def kind_of(
+    direction: str,
+    support: str,
+    beta: float,
+    log_prob_floor: float | None = None,
+    teacher_temperature: float | None = None,
+) -> Kind:
+    """Check the options of the divergence."""
+    arguments.option("direction", direction, DIRECTIONS)
+    arguments.option("support", support, SUPPORTS)
+    check_beta(beta)
+    floor = -math.inf
+    if log_prob_floor is not None:
+        arguments.number("log_prob_floor", log_prob_floor, -math.inf)
+        if support == "renormalized":
+            raise ValueError(
+                "log_prob_floor goes with the supports truncated and tail; got 'renormalized'"
+            )
+        floor = float(log_prob_floor)
+    temperature = 1.0
+    if teacher_temperature is not None:
+        arguments.number("teacher_temperature", teacher_temperature, 0)
+        if support != "renormalized":
+            raise ValueError(
+                "teacher_temperature needs support 'renormalized', or the teacher's whole "
+                f"distribution (full_loss); got {support!r}"
+            )
+        temperature = float(teacher_temperature)
+    limit = limit_of(direction, beta, DIRECTIONS)
+    return Kind(limit, support, float(beta), floor, temperature)
+
+
+def check_beta(beta: float) -> None:
+    """Raise unless 0 <= beta <= 1."""
+    arguments.number("beta", beta, 0, inclusive=True)
+    if beta > 1:
+        raise ValueError(f"beta must be at most 1; got {beta}")
+
+
+def take_lists(
+    student: Student,
+    ids: Tensor,
+    teacher: Tensor,
+    support: str,
+    *,
+    ignore_unknown_ids: bool,
+    validate: bool,
+) -> Lists:
+    """Check and flatten the lists."""
+    arguments.integer("teacher_topk_ids", ids)
+    arguments.floating("teacher_topk_log_probs", teacher)
+    device, dtype = student.device, student.dtype
+    k = ids.shape[-1] if ids.dim() else 0
+    of = "logits with K for V" if student.name == "logits" else "hidden_states with K for H"
+    arguments.like("teacher_topk_ids", ids, (*student.shape, k), device, of)
+    arguments.like("teacher_topk_log_probs", teacher, ids.shape, device, "teacher_topk_ids")
+    if k == 0:
+        raise ValueError("teacher_topk_ids must list at least one word a row; got K = 0")
+    if support == "renormalized" and (k == 1 or student.vocab == 1):
+        raise ValueError(
+            "teacher_topk_ids must list at least 2 words with support 'renormalized', whose loss "
+            f"over one word is 0; got K = {k} and V = {student.vocab}"
+        )
+    flat = teacher.detach().reshape(-1, k).to(dtype).contiguous()
+    return Lists(ids.reshape(-1, k).contiguous(), flat, validate, ignore_unknown_ids)
+
+
+def listed(run: Any, lists: Lists, valid: Tensor, vocab: int, check: bool) -> Listed:
+    """Which entries of the lists count, and in which rows."""
+    ids = lists.ids
+    if lists.ignore_unknown:
+        ids = torch.where(ids < vocab, ids, -1)
+    present, supported, counts = run.topk_support(
+        ids, lists.teacher, valid, vocab, check, lists.check_duplicates
+    )
+    return Listed(torch.where(present, ids, 0), present, supported, counts)
+
+
+def check_lists(ranks: Meeting, call: Call, lists: Lists) -> None:
+    """Raise for values that are wrong while the other ranks can hear of it."""
+    if ranks.reads:
+        run = passes_of(call.rows.backend)
+        valid = valid_rows(run, call.rows, call.labels, lists.teacher)
+        listed(run, lists, valid, call.rows.vocab, True)
+
+
+def divergence(
+    run: Any,
+    kind: Kind,
+    scores: Tensor,
+    log_probs: Tensor | None,
+    teacher: Tensor,
+    present: Tensor,
+    valid: Tensor,
+    row_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rows [4, N]: loss, student mass, teacher mass, overlap; the slope [N, K] in the scores.
+
+    scores [N, K] of the listed words: logits where the support is renormalised, else log-probs.
+    log_probs [N, K] where a logsumexp is known. A row of weight 0 may hold anything, and has slope
+    0.
+    """
+    low, raised = None, teacher
+    if kind.teacher_temperature != 1:
+        raised = teacher / kind.teacher_temperature
+    if kind.floor != -math.inf:
+        low = scores < kind.floor
+        scores = scores.clamp(min=kind.floor)
+        raised = torch.where(present, teacher.clamp(min=kind.floor), teacher)
+    rows, slope = run.topk_rows(
+        scores, log_probs, raised, present, valid, kind.direction, kind.support, kind.beta
+    )
+    if raised is not teacher:  # its mass is the list's own
+        rows[2] = torch.where(present & valid[:, None], teacher.exp(), 0).sum(-1)
+    if low is not None:
+        slope = slope.masked_fill_(low, 0)
+    if row_weights is not None:
+        slope = slope.masked_fill_(row_weights[:, None] == 0, 0)
+    return rows, slope
+
+
+MASSES = "student_mass", "teacher_mass", "overlap", "without_support", "duplicate_words"
+
+
+def masses(rows: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
+    """The metrics MASSES of a loss over lists, [5]; tokens []: the valid rows."""
+    means = rows[1:].sum(-1).div_(tokens.clamp(min=1))
+    return torch.cat([means, counts.to(means.dtype)])

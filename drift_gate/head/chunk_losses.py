@@ -1,0 +1,208 @@
+"""What each `linear_` loss does with the logits of a chunk: values first, then their gradient.
+
+A loss keeps what the caller is to have of every row in `results`, [N, ...] tensors: the labels'
+log-probs first, entropy second ([0] where it is not wanted).
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..call.lists import Kind, divergence
+from ..parallel import words
+from ..passes.rules import NO_GATE, PositionRule, ReduceRule, RowData
+from .check import HeadInputs
+from .chunks import Rows, put, take
+from .logits import logits_of, new_buffer, slices, uncap
+
+SUM = ReduceRule()
+
+
+class Common(NamedTuple):
+    """What all of them take."""
+
+    run: Any  # the backend's passes
+    head: HeadInputs
+    labels: Tensor | None  # [N]
+    chunk_size: int
+    entropy: bool
+
+    def new(self, *shape: int) -> Tensor:
+        """Zeros in the accumulation dtype."""
+        dtype = torch.promote_types(self.head.hidden.dtype, torch.float32)
+        return self.head.hidden.new_zeros(shape, dtype=dtype)
+
+    def results(self, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Log-probs, entropy, and more of these shapes."""
+        n = len(self.head.hidden)
+        return [
+            self.new(n), self.new(n if self.entropy else 0), *(self.new(*shape) for shape in shapes)
+        ]  # fmt: skip
+
+    def keep(self, results: list[Tensor], at: Rows, *parts: Tensor) -> None:
+        """Put each result's part of a chunk."""
+        for result, part in zip(results, parts, strict=True):
+            if len(result):
+                put(result, at, part)
+
+
+class Chunk:
+    """Logits of a few rows in a buffer, their statistics, and then their gradient in its place."""
+
+    def __init__(self, common: Common, at: Rows, ids: Tensor, out: Tensor) -> None:
+        head = self.head = common.head
+        self.run, self.ids = common.run, ids
+        self.logits = logits_of(head, take(head.hidden, at), out)
+        found = words.scan(
+            self.run, self.logits[None], ids, None, head.rule.scale, common.entropy, head.shard
+        )
+        self.gathered, self.log_probs, self.maximum, self.log_sum, self.entropy = found
+
+    def gradient(self, alpha: Tensor, beta: Tensor) -> Tensor:
+        """[C, V]: d loss / d (hidden W^T + bias), over the logits, from alpha [C], beta [C, K]."""
+        z, cap, scale = self.logits, self.head.rule.softcap, self.head.rule.scale
+        ids = self.ids
+        if self.head.shard.group:
+            ids = words.own(self.head.shard, ids, z.shape[1])
+        for rows in slices(z) if cap else [slice(0, len(z))]:
+            kept = z[rows].to(alpha.dtype, copy=True) if cap else None
+            self.run.expand(
+                z[None, rows], ids[rows], self.maximum[rows], self.log_sum[rows],
+                self.gathered[rows], None, alpha[rows], beta[rows], scale, z[None, rows],
+            )  # fmt: skip
+            if kept is not None:
+                uncap(z[rows], kept, cap)
+        return z
+
+
+class ChunkLoss(Protocol):
+    """A loss over the logits of a head."""
+
+    results: list[Tensor]
+
+    def values(self, at: Rows) -> Tensor:
+        """Make a chunk's logits and keep its results; the labels' log-probs [C]."""
+
+    def gradient(self, weights: Tensor, final: bool) -> Tensor:
+        """Gradient [C, V] of that chunk's logits before the scale.
+
+        weights [C]: what the positions' losses are multiplied by; where `final`, the gradient of
+        what the position loss is a function of (the log-prob, or the loss itself).
+        """
+
+
+class SampledToken:
+    """`linear_opd_loss`."""
+
+    def __init__(
+        self, common: Common, old: Tensor | None, target: Tensor, position: PositionRule
+    ) -> None:
+        assert common.labels is not None
+        self.common, self.ids = common, common.labels[:, None]
+        self.old, self.target, self.position = old, target, position
+        self.results = common.results()
+        self.buffer = new_buffer(common.head, common.chunk_size)
+
+    def values(self, at: Rows) -> Tensor:
+        c = self.common
+        self.at = at
+        self.chunk = Chunk(c, at, take(self.ids, at), self.buffer)
+        self.log_probs = self.chunk.log_probs[:, 0].contiguous()
+        c.keep(self.results, at, self.log_probs, self.chunk.entropy)
+        return self.log_probs
+
+    def gradient(self, weights: Tensor, final: bool) -> Tensor:
+        slope = weights if final else self._slope(weights)
+        return self.chunk.gradient(-slope, slope[:, None])
+
+    def _slope(self, weights: Tensor) -> Tensor:
+        now, at = self.log_probs, self.at
+        old = None if self.old is None else take(self.old, at)
+        whole = torch.ones_like(now, dtype=torch.bool)
+        data = RowData(whole, now, old, None, None, len(now))
+        done = self.common.run.finish(
+            data, NO_GATE, None, weights, take(self.target, at), self.position, SUM
+        )
+        slope: Tensor = done.table[2]
+        return slope
+
+
+class ListedWords:
+    """`linear_topk_loss`; its third result are the words' log-probs [N, K], or with the
+    renormalised support their logits."""
+
+    def __init__(
+        self, common: Common, listed: Tensor, teacher: Tensor, present: Tensor, kind: Kind
+    ) -> None:
+        self.common, self.listed, self.teacher = common, listed, teacher
+        self.present, self.kind = present, kind
+        first = listed[:, :1] if common.labels is None else common.labels[:, None]
+        self.ids = torch.cat([first.to(listed.dtype), listed], 1)
+        self.results = common.results(tuple(listed.shape), tuple(listed.shape))
+        self.buffer = new_buffer(common.head, common.chunk_size)
+
+    def values(self, at: Rows) -> Tensor:
+        c = self.common
+        self.at = at
+        self.chunk = Chunk(c, at, take(self.ids, at), self.buffer)
+        now = self.chunk.log_probs[:, 0].contiguous()
+        if c.labels is None:
+            now = torch.zeros_like(now)
+        c.keep(
+            self.results, at, now, self.chunk.entropy, self.chunk.log_probs[:, 1:],
+            self.chunk.gathered[:, 1:],
+        )  # fmt: skip
+        return now
+
+    def gradient(self, weights: Tensor, final: bool) -> Tensor:
+        log_probs = self.chunk.log_probs[:, 1:].contiguous()
+        teacher, present = take(self.teacher, self.at), take(self.present, self.at)
+        whole = torch.ones_like(weights, dtype=torch.bool)
+        run = self.common.run
+        _, slope = divergence(
+            run, self.kind, log_probs, None, teacher, present, whole, row_weights=weights
+        )
+        slope = slope * weights[:, None]
+        beta = torch.nn.functional.pad(slope, (1, 0))
+        return self.chunk.gradient(-slope.sum(-1), beta)
+
+
+class WholeVocabulary:
+    """`linear_full_loss`; its third result are the position losses [N]."""
+
+    def __init__(
+        self, common: Common, teacher: HeadInputs, vocab: int, direction: str, beta: float
+    ) -> None:
+        self.common, self.teacher, self.vocab = common, teacher, vocab
+        self.options = common.head.rule.scale, teacher.rule.scale, direction, beta
+        self.results = common.results((len(common.head.hidden),))
+        self.buffer = new_buffer(common.head, common.chunk_size)
+        self.other = new_buffer(teacher, common.chunk_size)
+
+    def values(self, at: Rows) -> Tensor:
+        c = self.common
+        self.logits = logits_of(c.head, take(c.head.hidden, at), self.buffer)
+        theirs = logits_of(self.teacher, take(self.teacher.hidden, at), self.other)
+        self.theirs = theirs[None, :, : self.vocab]
+        labels = None if c.labels is None else take(c.labels, at)
+        whole = torch.ones_like(self.logits[:, 0], dtype=torch.bool)
+        losses, log_probs, self.statistics, entropy = c.run.divergence(
+            self.logits[None], self.theirs, labels, whole, *self.options, c.entropy
+        )
+        c.keep(self.results, at, log_probs, entropy, losses)
+        kept: Tensor = log_probs
+        return kept
+
+    def gradient(self, weights: Tensor, final: bool) -> Tensor:
+        z, cap = self.logits, self.common.head.rule.softcap
+        for part in slices(z) if cap else [slice(0, len(z))]:
+            kept = z[part].to(weights.dtype, copy=True) if cap else None
+            whole = torch.ones_like(weights[part], dtype=torch.bool)
+            self.common.run.divergence_grad(
+                z[None, part], self.theirs[:, part], self.statistics[:, part].contiguous(), whole,
+                weights[part].contiguous(), *self.options, z[None, part],
+            )  # fmt: skip
+            if kept is not None:
+                uncap(z[part], kept, cap)
+        return z

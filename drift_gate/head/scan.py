@@ -1,0 +1,81 @@
+"""`scan` of the logits that a head makes, a chunk of rows at a time, and its backward.
+
+The backward makes the logits again: four products of the size N V H in all. Where only the listed
+entries have a gradient (alpha = 0) it is sparse: see `sparse`.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from .check import HeadInputs
+from .chunk_losses import Chunk, Common
+from .chunks import Rows, all_rows, chunks, take
+from .logits import new_buffer
+from .sums import Needs, Sums
+
+
+def scan_head(
+    run: Any, head: HeadInputs, ids: Tensor, valid: Tensor | None, with_entropy: bool, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """gathered and log_probs [N, K], maximum and log_sum [N], entropy [N] or [0]; valid None: all.
+
+    size: rows whose logits exist at a time.
+    """
+    common = Common(run, head, None, size, with_entropy)
+    (n, k) = ids.shape
+    rows = _parts(valid, n, size)
+    buffer = new_buffer(head, size)
+    if len(rows) == 1 and isinstance(rows[0], slice):  # all of them
+        chunk = Chunk(common, rows[0], ids, buffer)
+        return chunk.gathered, chunk.log_probs, chunk.maximum, chunk.log_sum, chunk.entropy
+    shapes = (n, k), (n, k), (n,), (n,), (n if with_entropy else 0,)
+    results = [common.new(*shape) for shape in shapes]
+    for at in rows:
+        chunk = Chunk(common, at, take(ids, at), buffer)
+        parts = chunk.gathered, chunk.log_probs, chunk.maximum, chunk.log_sum, chunk.entropy
+        common.keep(results, at, *parts)
+    gathered, log_probs, maximum, log_sum, entropy = results
+    return gathered, log_probs, maximum, log_sum, entropy
+
+
+def expand_head(
+    run: Any,
+    backend: str,
+    head: HeadInputs,
+    ids: Tensor,
+    valid: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sums of the gradients of hidden, weight and bias from alpha [N] and beta [N, K]."""
+    size = head.rule.chunk_size
+    common = Common(run, head, None, size, False)
+    sums = Sums(head, needs, False, backend)
+    buffer = new_buffer(head, size)
+    for rows in _parts(valid, len(ids), size):
+        chunk = Chunk(common, rows, take(ids, rows), buffer)
+        gradient = chunk.gradient(take(alpha, rows), take(beta, rows))
+        sums.add(rows, take(head.hidden, rows), gradient)
+    return sums.finish()
+
+
+def check_ids(ids: Tensor, valid: Tensor | None, vocab: int) -> None:
+    """Raise for ids that are no words, which a chunk would name by its own rows; on a CPU."""
+    if ids.device.type != "cpu":
+        return
+    bad = (ids < 0) | (ids >= vocab)
+    if valid is not None:
+        bad &= valid[:, None]
+    if bad.any():
+        row, k = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"ids must lie in [0, {vocab}); got {int(ids[row, k])} at row {row}, entry {k}"
+        )
+
+
+def _parts(valid: Tensor | None, n: int, size: int) -> list[Rows]:
+    if valid is None:
+        return all_rows(n, size)
+    return chunks(valid, size) or []

@@ -1,0 +1,275 @@
+"""`full_loss`: distillation from the teacher's logits over the whole vocabulary."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call import arguments, gradients
+from ..call.finishing import Outcome, complete
+from ..call.lists import check_beta
+from ..call.logits import of_logits
+from ..call.op import Op, Tensors
+from ..call.rows import Gate, RowInputs, take_rows
+from ..call.weighing import empty_finished, finish, valid_rows
+from ..choices import FULL_DIRECTIONS, FullDirection
+from ..gate import DriftGate
+from ..options import Parallel, Reduction, refuse
+from ..outputs import LossOutput
+from ..parallel.agreement import meeting
+from ..passes.backends import passes_of, resolve
+from ..passes.rules import COEFFICIENT, GIVEN, SLOPE, TOKEN_LOSS, limit_of
+
+
+def full_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    old_log_probs: Tensor | None,
+    teacher_logits: Tensor,
+    *,
+    direction: FullDirection = "reverse",
+    beta: float = 0.5,
+    teacher_temperature: float | None = None,
+    vocab_size: int | None = None,
+    gate: Gate = DriftGate(),  # noqa: B008  (frozen)
+    row_weights: Tensor | None = None,
+    response_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    span_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int | None = -100,
+    reduction: Reduction | str = "token-mean",
+    parallel: Parallel | None = None,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+    validate: bool = False,
+    backend: str = "auto",
+    **removed: Any,
+) -> LossOutput:
+    """Divergence between student and teacher over the whole vocabulary, gated.
+
+    With p = softmax(logits / temperature) and q = softmax(teacher_logits / teacher_temperature)
+    at a valid position,
+
+        "reverse"  L = KL(p || q) = sum p log(p / q)
+        "forward"  L = KL(q || p) = sum q log(q / p)
+        "jsd"      L = beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p
+                   (generalised JSD, arXiv 2306.13649, weighed as in TRL; at beta = 0 "forward", at
+                   1 "reverse")
+
+    The forward reads both logits once ("jsd" twice on a GPU), the backward reads both and writes
+    the student's gradient; nothing else has the size of the logits. The teacher gets no gradient.
+
+    Args:
+        logits: [B, T, V], [N, V]; as in `opd_loss`.
+        labels, old_log_probs: as in `opd_loss`, for the gate's drift; None is allowed without it.
+            Without labels every position is valid but for the response_mask.
+        teacher_logits: the leading shape of logits, any float dtype, last dimension contiguous,
+            outer strides free. Where the student's logit is -inf the word has no part in
+            "reverse"; a word that only the teacher excludes makes "reverse" infinite, one that
+            only the student excludes "forward". "jsd" is finite for 0 < beta < 1. Where the loss is
+            infinite the gradient is not to be used. Logits below -1e30, as of words masked with
+            the lowest number of bfloat16 or float32, have no mass either: finite losses are those
+            of -inf, and where that is infinite the CPU may give a large number.
+        direction, beta: as above; beta weighs the teacher in the mixture, 0 <= beta <= 1.
+        teacher_temperature: divides the teacher's logits; None for `temperature`.
+        vocab_size: how many leading words student and teacher share, where the rest is padding of
+            the embedding: only these are used, and the student's others get zero gradient. Needed
+            where the two differ in V.
+        others: as in `opd_loss`.
+
+    Returns:
+        LossOutput; `log_probs` and `drift` are 0 without labels.
+
+    Raises:
+        ValueError, TypeError: as `opd_loss`; student and teacher differ in V without a
+            `vocab_size`; it exceeds either; words are sharded (DTensor, vocab_parallel_group).
+    """
+    if removed:
+        refuse("full_loss", removed)
+    with meeting(parallel, position_ids) as ranks:
+        ranks.expect(logits, validate)
+        no_shards("full_loss", parallel, logits=logits, teacher_logits=teacher_logits)
+        arguments.option("direction", direction, FULL_DIRECTIONS)
+        check_beta(beta)
+        if teacher_temperature is None:
+            teacher_temperature = temperature
+        arguments.number("teacher_temperature", teacher_temperature, 0)
+        arguments.logits_like("logits", logits)
+        arguments.writable("logits", logits, inplace_backward)
+        _check_teacher(logits, teacher_logits)
+        vocab = shared_words(
+            logits.shape[-1], teacher_logits.shape[-1], vocab_size, ("logits", "teacher_logits")
+        )
+        student, _, _ = of_logits(logits, None, backend)
+        chosen = resolve(backend, logits, teacher_logits)
+        call = take_rows(
+            student._replace(vocab=vocab), labels, old_log_probs, gate=gate,
+            response_mask=response_mask, cu_seqlens=cu_seqlens, span_ids=span_ids,
+            position_ids=position_ids, row_weights=row_weights, temperature=temperature,
+            ignore_index=ignore_index, reduction=reduction, validate=validate, backend=chosen,
+            ranks=ranks,
+            trains=logits.requires_grad,
+        )  # fmt: skip
+        if ranks.any:
+            ranks.tell(direction=direction, beta=beta)
+    if chosen == "reference":
+        from .. import reference
+
+        return reference.full_loss(
+            logits, labels, old_log_probs, teacher_logits, direction=direction, beta=beta,
+            teacher_temperature=teacher_temperature, vocab_size=vocab_size, gate=gate,
+            row_weights=row_weights, response_mask=response_mask, cu_seqlens=cu_seqlens,
+            span_ids=span_ids, temperature=temperature, ignore_index=ignore_index,
+            reduction=reduction, return_entropy=return_entropy,
+        )  # fmt: skip
+    teacher = teacher_logits if vocab_size is None else teacher_logits[..., :vocab]
+    loss, table, metrics, totals, valid, now, entropy, _ = FULL(
+        Inputs(
+            arguments.as_batch(logits),
+            arguments.as_batch(teacher.detach()),
+            call.labels,
+            call.rows,
+            limit_of(direction, beta, FULL_DIRECTIONS),
+            float(beta),
+            1 / float(temperature),
+            1 / float(teacher_temperature),
+            return_entropy,
+            inplace_backward,
+            chosen,
+        )
+    )
+    found = Outcome(loss, table, metrics, totals, valid, now, entropy)
+    return complete(call, found, return_entropy, "floored", "pg_clipfrac")
+
+
+def no_shards(function: str, parallel: Parallel | None, **tensors: Any) -> None:
+    """Raise where words are sharded, which the full divergences do not take."""
+    if parallel is not None and parallel.vocab_parallel_group is not None:
+        raise ValueError(
+            f"{function} takes whole rows of logits; got parallel.vocab_parallel_group (topk_loss "
+            "and opd_loss take shards)"
+        )
+    for name, x in tensors.items():
+        if hasattr(x, "device_mesh"):
+            raise TypeError(
+                f"{name} must be a torch.Tensor with all words; got a DTensor "
+                f"({name}.full_tensor() gathers it, topk_loss and opd_loss take shards)"
+            )
+
+
+def _check_teacher(logits: Tensor, teacher: Tensor) -> None:
+    """Check the teacher's logits beside the student's."""
+    arguments.floating("teacher_logits", teacher)
+    if teacher.dim() == 0 or teacher.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            f"teacher_logits must have the leading shape of logits, {list(logits.shape[:-1])}; "
+            f"got shape {list(teacher.shape)}"
+        )
+    if teacher.device != logits.device:
+        raise ValueError(
+            f"teacher_logits must be on the device of logits, {logits.device}; got {teacher.device}"
+        )
+    arguments.logits_like("teacher_logits", teacher)
+
+
+def shared_words(
+    vocab: int, teacher_vocab: int, vocab_size: int | None, names: tuple[str, str]
+) -> int:
+    """The number of words to use of both, whose arguments have these names."""
+    if vocab_size is None:
+        if vocab != teacher_vocab:
+            raise ValueError(
+                f"{names[0]} and {names[1]} must have the same words; got V = {vocab} and "
+                f"{teacher_vocab} (vocab_size says how many leading words they share)"
+            )
+        return vocab
+    size = arguments.whole("vocab_size", vocab_size, -(2**63))
+    if not 1 <= size <= min(vocab, teacher_vocab):
+        raise ValueError(
+            f"vocab_size must be between 1 and the words of {names[0]} ({vocab}) and of "
+            f"{names[1]} ({teacher_vocab}); got {vocab_size}"
+        )
+    return size
+
+
+class Inputs(NamedTuple):
+    """Of the op."""
+
+    logits: Tensor  # [B, T, V]
+    teacher: Tensor  # [B, T, U], U <= V: the student's words beyond take no part
+    labels: Tensor | None  # [N]
+    rows: RowInputs
+    direction: str
+    beta: float
+    scale: float
+    teacher_scale: float
+    entropy: bool
+    inplace: bool
+    backend: str
+
+
+def _forward(x: Inputs) -> Tensors:
+    """A read of both logits ("jsd" two on a GPU), then row functions."""
+    run = passes_of(x.backend)
+    valid = valid_rows(run, x.rows, x.labels, x.logits)
+    losses, log_probs, statistics, entropy = run.divergence(
+        x.logits, x.teacher, x.labels, valid, x.scale, x.teacher_scale, x.direction, x.beta,
+        x.entropy,
+    )  # fmt: skip
+    done = finish(run, x.rows, valid, log_probs, losses, GIVEN)
+    return (
+        done.loss, done.table, done.metrics, done.totals, valid, log_probs, entropy, statistics,
+    )  # fmt: skip
+
+
+def _backward(
+    x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
+) -> list[Tensor | None]:
+    """A read of both logits and a write."""
+    of_loss, of_table = grads
+    _, table, _, _, valid, _, _, statistics = outputs
+    of_token = None if of_table is None else of_table[TOKEN_LOSS]
+    upstream = row_gradient_of(table, of_loss, of_token)
+    logits = x.logits
+    out = logits.detach()
+    if not x.inplace:
+        out = gradients.empty(logits.shape, logits.dtype, logits.device)
+    passes_of(x.backend).divergence_grad(
+        logits, x.teacher, statistics, valid, upstream, x.scale, x.teacher_scale, x.direction,
+        x.beta, out,
+    )  # fmt: skip
+    if x.inplace:
+        gradients.overwritten(logits)
+    return [out]
+
+
+def row_gradient_of(table: Tensor, of_loss: Tensor | None, of_token: Tensor | None) -> Tensor:
+    """dL/d(position losses) [N]."""
+    return gradients.row_gradient(table[SLOPE], table[COEFFICIENT], of_loss, of_token)
+
+
+def _empty(x: Inputs) -> Tensors:
+    n = x.rows.n_rows
+    dtype = torch.promote_types(x.logits.dtype, torch.float32)
+    like = x.logits.new_empty(0, dtype=dtype)
+    return (
+        *empty_finished(x.rows, like), like.new_empty(n, dtype=torch.bool), like.new_empty(n),
+        like.new_empty(n if x.entropy else 0), like.new_empty(5, n),
+    )  # fmt: skip
+
+
+FULL = Op(
+    "full",
+    Inputs,
+    _forward,
+    _backward,
+    _empty,
+    outputs=(
+        "loss", "table", "metrics", "totals", "valid", "log_probs", "entropy", "statistics",
+    ),
+    grads=2,
+    differentiable=("logits",),
+    keep=("logits", "teacher", "table", "valid", "statistics"),
+)  # fmt: skip

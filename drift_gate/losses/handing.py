@@ -1,0 +1,77 @@
+"""What the `linear_` losses share: which gradients are needed, and how they are handed out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call.gradients import overwritten, row_gradient
+from ..head.check import HeadInputs
+from ..head.sums import Needs, finish_sums, plan
+from ..parallel.ranks import sum_gradient
+from ..passes.rules import COEFFICIENT, SLOPE, TOKEN_LOSS
+
+LEAVES = "hidden", "weight", "bias"
+SUMS = "sum_hidden", "sum_weight", "sum_rest", "sum_bias"
+
+
+def needs_of(*leaves: Tensor | None) -> Needs:
+    """Whether autograd will ask for the gradients of hidden states, weight and bias."""
+    asked = torch.is_grad_enabled()
+    return Needs(*[asked and x is not None and x.requires_grad for x in leaves])
+
+
+def upstream_of(table: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
+    """dL/dx [N] of what the rows' losses are functions of, from those of loss and table."""
+    of_loss, of_table = grads
+    of_token = None if of_table is None else of_table[TOKEN_LOSS]
+    return row_gradient(table[SLOPE], table[COEFFICIENT], of_loss, of_token)
+
+
+def hand_out(
+    x: Any,
+    sums: Sequence[Tensor],
+    factor: Tensor | None,
+    upstream: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients that the sums are, times factor and upstream (1 where None)."""
+    if factor is None:
+        whole = sums[3].new_ones(())
+    elif upstream is None:
+        return [None, None, None]
+    else:
+        whole = factor * upstream
+    leaves = x.hidden, x.weight, x.bias
+    dtypes = [sums[3].dtype if leaf is None else leaf.dtype for leaf in leaves]
+    grads = finish_sums(sums, whole, dtypes, x.backend)
+    if factor is not None:  # these were kept, and are no more what they were
+        for kept in sums:
+            overwritten(kept)
+    return sum_over_shards(x, grads, needs)
+
+
+def sum_over_shards(
+    x: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """None for what is not needed; the hidden states, which all ranks share, get all ranks' sum."""
+    found = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    if x.shard.group and found[0] is not None:
+        found[0] = sum_gradient(found[0], x.shard.group)
+    return found
+
+
+def empty_sums(x: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sums of `head.walk.Walked`, empty."""
+    head = HeadInputs(x.hidden, x.weight, x.bias, x.rule, x.shard)
+    rows = x.rows
+    if rows.per_token or not any(x.needs):
+        shapes = plan(head, Needs(False, False, False), False)
+    else:
+        position = getattr(x, "position", None)
+        per_unit = position is not None and position.ratio != "token"
+        splits = rows.gate.normalize != "sequence" and not rows.context and not per_unit
+        shapes = plan(head, x.needs, splits)
+    a, b, c, d = (x.hidden.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+    return a, b, c, d

@@ -1,0 +1,275 @@
+"""`linear_full_loss`: the whole vocabulary, from the hidden states of student and teacher."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call import arguments
+from ..call.finishing import Outcome, complete
+from ..call.lists import check_beta
+from ..call.op import Op, Tensors
+from ..call.rows import Gate, RowInputs, Student, take_rows
+from ..call.weighing import empty_finished, finish, valid_rows
+from ..choices import FULL_DIRECTIONS, FullDirection
+from ..gate import DriftGate
+from ..head.check import HeadInputs, HeadRule, take_head
+from ..head.chunk_losses import Common, WholeVocabulary
+from ..head.sums import Needs
+from ..head.walk import Work, gradients_anew, walk
+from ..options import Head, Parallel, Reduction, as_head, refuse
+from ..outputs import LossOutput
+from ..parallel.agreement import meeting
+from ..parallel.words import Shard, whole
+from ..passes.backends import passes_of, resolve
+from ..passes.rules import GIVEN, limit_of
+from .full import no_shards, shared_words
+from .handing import LEAVES, SUMS, empty_sums, hand_out, needs_of, upstream_of
+
+
+def linear_full_loss(
+    hidden_states: Tensor,
+    head: Head | Tensor,
+    labels: Tensor | None,
+    old_log_probs: Tensor | None,
+    teacher_hidden_states: Tensor,
+    teacher_head: Head | Tensor,
+    *,
+    direction: FullDirection = "reverse",
+    beta: float = 0.5,
+    teacher_temperature: float | None = None,
+    vocab_size: int | None = None,
+    gate: Gate = DriftGate(),  # noqa: B008  (frozen)
+    row_weights: Tensor | None = None,
+    response_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    span_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int | None = -100,
+    reduction: Reduction | str = "token-mean",
+    parallel: Parallel | None = None,
+    return_entropy: bool = False,
+    validate: bool = False,
+    backend: str = "auto",
+    **removed: Any,
+) -> LossOutput:
+    """`full_loss` of the logits that two LM heads make; no [tokens, V] tensor exists.
+
+    Logits of student and teacher exist for a chunk of rows at a time: four products of N V H
+    multiplications, the teacher's included, all in the forward; two more where gates cannot be
+    formed chunk by chunk or the reduction is "none" (see `linear_opd_loss`).
+
+    Args:
+        hidden_states, head: as in `linear_token_log_probs`.
+        teacher_hidden_states: the leading shape of hidden_states, [..., H'], on the same device.
+        teacher_head: the teacher's weight [V', H'] or `Head`, in the dtype of its hidden states;
+            chunks are those of `head`. The teacher gets no gradient.
+        vocab_size: how many leading words both heads share, see `full_loss`.
+        others: as in `full_loss`; there is no `inplace_backward`, as there are no logits.
+
+    Returns:
+        LossOutput, as `full_loss`; backward as in `linear_opd_loss`.
+
+    Raises:
+        ValueError, TypeError: as `full_loss` and `linear_token_log_probs`.
+    """
+    if removed:
+        refuse("linear_full_loss", removed)
+    with meeting(parallel, position_ids) as ranks:
+        ranks.expect(hidden_states, validate)
+        no_shards("linear_full_loss", parallel)
+        arguments.option("direction", direction, FULL_DIRECTIONS)
+        check_beta(beta)
+        inputs, student, chosen = take_head(hidden_states, head, temperature, backend)
+        if teacher_temperature is None:
+            teacher_temperature = temperature
+        theirs, teacher = _teacher(teacher_hidden_states, teacher_head, teacher_temperature)
+        resolve(chosen, inputs.hidden, theirs.hidden)
+        student = _shared(student, teacher, vocab_size)
+        call = take_rows(
+            student, labels, old_log_probs, gate=gate, response_mask=response_mask,
+            cu_seqlens=cu_seqlens, span_ids=span_ids, position_ids=position_ids,
+            row_weights=row_weights, temperature=temperature, ignore_index=ignore_index,
+            reduction=reduction, validate=validate, backend=chosen, ranks=ranks,
+            trains=any(needs_of(*inputs[:3])),
+        )  # fmt: skip
+        if ranks.any:
+            ranks.tell(direction=direction, beta=beta)
+    if chosen == "reference":
+        from .. import reference
+
+        return reference.linear_full_loss(
+            hidden_states, head, labels, old_log_probs, teacher_hidden_states, teacher_head,
+            direction=direction, beta=beta, teacher_temperature=teacher_temperature,
+            vocab_size=vocab_size, gate=gate, row_weights=row_weights,
+            response_mask=response_mask, cu_seqlens=cu_seqlens, span_ids=span_ids,
+            temperature=temperature, ignore_index=ignore_index, reduction=reduction,
+            return_entropy=return_entropy,
+        )  # fmt: skip
+    op = LINEAR_FULL_TOKENS if call.rows.per_token else LINEAR_FULL
+    hidden, weight, bias, rule, words = inputs
+    loss, table, metrics, totals, valid, now, entropy, *_ = op(
+        Inputs(
+            hidden,
+            weight,
+            bias,
+            call.labels,
+            theirs.hidden,
+            theirs.weight,
+            theirs.bias,
+            theirs.rule,
+            call.rows,
+            limit_of(direction, beta, FULL_DIRECTIONS),
+            float(beta),
+            student.vocab,
+            rule,
+            words,
+            return_entropy,
+            needs_of(hidden, weight, bias),
+            chosen,
+        )
+    )
+    found = Outcome(loss, table, metrics, totals, valid, now, entropy)
+    return complete(call, found, return_entropy, "floored", "pg_clipfrac")
+
+
+def _teacher(
+    hidden_states: Tensor, head: Head | Tensor, temperature: float
+) -> tuple[HeadInputs, Student]:
+    """The teacher's side, detached; its chunks are the student's."""
+    arguments.floating("teacher_hidden_states", hidden_states)
+    given = as_head(head, "teacher_head")
+    if given.chunk_size is not None:
+        raise ValueError(
+            "teacher_head.chunk_size must be None, as chunks are those of head.chunk_size; got "
+            f"{given.chunk_size}"
+        )
+    inputs, student, _ = take_head(
+        hidden_states.detach(), given, temperature, "torch", prefix="teacher_"
+    )
+    bias = None if inputs.bias is None else inputs.bias.detach()
+    return inputs._replace(weight=inputs.weight.detach(), bias=bias), student
+
+
+def _shared(student: Student, teacher: Student, vocab_size: int | None) -> Student:
+    """Check the teacher beside the student; the student with the words that both share."""
+    if teacher.shape != student.shape:
+        raise ValueError(
+            "teacher_hidden_states must have the leading shape of hidden_states, "
+            f"{list(student.shape)}; got {list(teacher.shape)}"
+        )
+    if teacher.device != student.device:
+        raise ValueError(
+            f"teacher_hidden_states must be on the device of hidden_states, {student.device}; "
+            f"got {teacher.device}"
+        )
+    names = "head.weight", "teacher_head.weight"
+    return student._replace(vocab=shared_words(student.vocab, teacher.vocab, vocab_size, names))
+
+
+class Inputs(NamedTuple):
+    """Of the ops."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    labels: Tensor | None  # [N]
+    teacher_hidden: Tensor  # [N, H']
+    teacher_weight: Tensor  # [V', H']
+    teacher_bias: Tensor | None  # [V']
+    teacher_rule: HeadRule
+    rows: RowInputs
+    direction: str
+    beta: float
+    vocab: int  # words that both share
+    rule: HeadRule
+    shard: Shard
+    entropy: bool
+    needs: Needs
+    backend: str
+
+
+def _loss(x: Inputs, run: Any, vocab: int, labels: Tensor | None, entropy: bool) -> WholeVocabulary:
+    theirs = HeadInputs(
+        x.teacher_hidden, x.teacher_weight, x.teacher_bias, x.teacher_rule,
+        whole(x.teacher_weight.shape[0]),
+    )  # fmt: skip
+    common = Common(run, _head(x), labels, x.rule.chunk_size, entropy)
+    return WholeVocabulary(common, theirs, vocab, x.direction, x.beta)
+
+
+def _head(x: Inputs) -> HeadInputs:
+    return HeadInputs(x.hidden, x.weight, x.bias, x.rule, x.shard)
+
+
+def _forward(x: Inputs) -> Tensors:
+    run = passes_of(x.backend)
+    valid = valid_rows(run, x.rows, x.labels, x.hidden)
+    known = not x.rows.ignores and x.rows.response_mask is None
+    work = Work(run, x.backend, _head(x), x.rows, valid, known, x.needs)
+    loss = _loss(x, run, x.vocab, x.labels, x.entropy)
+    done, sums, factor = walk(
+        work, loss, lambda results: finish(run, x.rows, valid, results[0], results[2], GIVEN)
+    )
+    now, entropy, _ = loss.results
+    return (
+        done.loss, done.table, done.metrics, done.totals, valid, now, entropy, *sums, factor,
+    )  # fmt: skip
+
+
+def _hand_out(
+    x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
+) -> list[Tensor | None]:
+    return hand_out(x, outputs[7:11], outputs[11], grads[0], needs)
+
+
+def _anew(
+    x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
+) -> list[Tensor | None]:
+    """The logits are made again, where only the backward knows what each row is weighed by."""
+    table, valid = outputs[1], outputs[4]
+    run = passes_of(x.backend)
+    loss = _loss(x, run, x.vocab, None, False)
+    work = Work(run, x.backend, _head(x), x.rows, valid, False, Needs(*needs))
+    return hand_out(x, gradients_anew(work, loss, upstream_of(table, grads)), None, None, needs)
+
+
+def _empty(x: Inputs) -> Tensors:
+    like = x.hidden.new_empty(0, dtype=torch.promote_types(x.hidden.dtype, torch.float32))
+    n = x.rows.n_rows
+    return (
+        *empty_finished(x.rows, like), like.new_empty(n, dtype=torch.bool), like.new_empty(n),
+        like.new_empty(n if x.entropy else 0),
+        *empty_sums(x), like.new_empty(()),
+    )  # fmt: skip
+
+
+OUTPUTS = (
+    "loss", "table", "metrics", "totals", "valid", "log_probs", "entropy", *SUMS, "factor",
+)  # fmt: skip
+LINEAR_FULL = Op(
+    "linear_full",
+    Inputs,
+    _forward,
+    _hand_out,
+    _empty,
+    outputs=OUTPUTS,
+    grads=1,
+    differentiable=LEAVES,
+    keep=(*SUMS, "factor"),
+    hands_out=(SUMS[0], SUMS[1], SUMS[3]),
+)
+LINEAR_FULL_TOKENS = Op(
+    "linear_full_tokens",
+    Inputs,
+    _forward,
+    _anew,
+    _empty,
+    outputs=OUTPUTS,
+    grads=2,
+    differentiable=LEAVES,
+    keep=(
+        *LEAVES, "teacher_hidden", "teacher_weight", "teacher_bias", "table", "valid",
+    ),
+)  # fmt: skip

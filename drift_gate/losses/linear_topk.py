@@ -1,0 +1,365 @@
+"""`linear_topk_loss`: the teacher's K likeliest words, from hidden states and LM head."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call import arguments
+from ..call.finishing import Outcome, complete
+from ..call.lists import (
+    MASSES,
+    Kind,
+    Lists,
+    check_lists,
+    divergence,
+    kind_of,
+    listed,
+    masses,
+    take_lists,
+)
+from ..call.op import Op, Tensors
+from ..call.rows import Gate, RowInputs, Student, take_rows
+from ..call.weighing import empty_finished, finish, valid_rows
+from ..choices import Direction, Support
+from ..gate import DriftGate
+from ..head import sparse
+from ..head.check import HeadInputs, HeadRule, head_facts, local_head, take_head
+from ..head.chunk_losses import Common, ListedWords
+from ..head.scan import scan_head
+from ..head.sums import Needs
+from ..head.walk import Work, gradients_anew, walk
+from ..options import Head, Parallel, Reduction, refuse
+from ..outputs import LossOutput
+from ..parallel.agreement import meeting
+from ..parallel.words import Shard
+from ..passes.backends import passes_of
+from ..passes.rules import GIVEN, TOKENS, Finished
+from .handing import (
+    LEAVES,
+    SUMS,
+    empty_sums,
+    hand_out,
+    needs_of,
+    sum_over_shards,
+    upstream_of,
+)
+from .topk import with_masses
+
+
+def linear_topk_loss(
+    hidden_states: Tensor,
+    head: Head | Tensor,
+    labels: Tensor | None,
+    old_log_probs: Tensor | None,
+    teacher_topk_ids: Tensor,
+    teacher_topk_log_probs: Tensor,
+    *,
+    log_probs: Tensor | None = None,
+    direction: Direction = "reverse",
+    support: Support = "renormalized",
+    beta: float = 0.5,
+    teacher_temperature: float | None = None,
+    log_prob_floor: float | None = None,
+    ignore_unknown_ids: bool = False,
+    gate: Gate = DriftGate(),  # noqa: B008  (frozen)
+    row_weights: Tensor | None = None,
+    response_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    span_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int | None = -100,
+    reduction: Reduction | str = "token-mean",
+    parallel: Parallel | None = None,
+    return_entropy: bool = False,
+    validate: bool = False,
+    backend: str = "auto",
+    **removed: Any,
+) -> LossOutput:
+    """`topk_loss` of the logits that an LM head makes; no [tokens, V] tensor exists.
+
+    With the renormalised support (LSM) the gradient of a row's logits has K entries, and there is
+    no dense product in the backward: grad_hidden is K weighted rows of the head, and a row of
+    grad_weight sums the hidden states of the rows that list its word. One product of N V H
+    multiplications remains, for the log-prob of the labels that the drift needs; none where the
+    caller gives `log_probs`, or no labels. The other supports are dense: see `linear_opd_loss`.
+
+    Args:
+        hidden_states, head: as in `linear_token_log_probs`.
+        log_probs: current log-probs of the labels, the shape of labels, where the caller has them
+            (of the same weights and temperature); the drift is then theirs.
+        others: as in `topk_loss`; there is no `inplace_backward`, as there are no logits.
+
+    Returns:
+        LossOutput, as `topk_loss`. Unless the reduction is "none" or the support renormalised,
+        `token_loss` is detached. With the renormalised support backward may run twice; with the
+        others see `linear_opd_loss`.
+
+    Raises:
+        ValueError, TypeError: as `topk_loss` and `linear_token_log_probs`; log_probs without
+            labels.
+    """
+    if removed:
+        refuse("linear_topk_loss", removed)
+    hidden_states, head, shard = local_head(hidden_states, head, parallel)
+    with meeting(parallel, position_ids, "" if shard is None else shard.group) as ranks:
+        ranks.expect(hidden_states, validate)
+        kind = kind_of(direction, support, beta, log_prob_floor, teacher_temperature)
+        inputs, student, chosen = take_head(hidden_states, head, temperature, backend, shard)
+        call = take_rows(
+            student, labels, old_log_probs, gate=gate, response_mask=response_mask,
+            cu_seqlens=cu_seqlens, span_ids=span_ids, position_ids=position_ids,
+            row_weights=row_weights, temperature=temperature, ignore_index=ignore_index,
+            reduction=reduction, validate=validate, backend=chosen, ranks=ranks,
+            trains=any(needs_of(*inputs[:3])),
+        )  # fmt: skip
+        lists = take_lists(
+            student, teacher_topk_ids, teacher_topk_log_probs, support,
+            ignore_unknown_ids=ignore_unknown_ids, validate=validate,
+        )  # fmt: skip
+        known = _known(student, labels, log_probs)
+        if ranks.any:
+            ranks.tell(
+                **kind._asdict(),
+                entropy=return_entropy,
+                **head_facts(head, inputs.rule),
+                log_probs=known is not None,
+            )
+            check_lists(ranks, call, lists)
+    if chosen == "reference":
+        from .. import reference
+
+        if ignore_unknown_ids:
+            teacher_topk_ids = torch.where(teacher_topk_ids < student.vocab, teacher_topk_ids, -1)
+        return reference.linear_topk_loss(
+            hidden_states, head, labels, old_log_probs, teacher_topk_ids, teacher_topk_log_probs,
+            log_probs=log_probs, direction=direction, support=support, beta=beta,
+            teacher_temperature=teacher_temperature, log_prob_floor=log_prob_floor, gate=gate,
+            row_weights=row_weights, response_mask=response_mask, cu_seqlens=cu_seqlens,
+            span_ids=span_ids, temperature=temperature, ignore_index=ignore_index,
+            reduction=reduction, return_entropy=return_entropy,
+        )  # fmt: skip
+    op = LINEAR_TOPK_SPARSE
+    if support != "renormalized":
+        op = LINEAR_TOPK_TOKENS if call.rows.per_token else LINEAR_TOPK
+    hidden, weight, bias, rule, words = inputs
+    loss, table, metrics, totals, valid, now, entropy, sizes, *_ = op(
+        Inputs(
+            hidden,
+            weight,
+            bias,
+            call.labels,
+            known,
+            lists,
+            call.rows,
+            kind,
+            rule,
+            words,
+            return_entropy,
+            needs_of(hidden, weight, bias),
+            chosen,
+        )
+    )
+    found = Outcome(loss, table, metrics, totals, valid, now, entropy)
+    output = complete(call, found, return_entropy, "floored", "pg_clipfrac")
+    scanned = (labels is not None and known is None) or op is not LINEAR_TOPK_SPARSE
+    return with_masses(output, sizes, scanned or return_entropy)
+
+
+def _known(student: Student, labels: Tensor | None, log_probs: Tensor | None) -> Tensor | None:
+    """The caller's log-probs of the labels [N], checked."""
+    if log_probs is None:
+        return None
+    if labels is None:
+        raise ValueError("labels must be a tensor where log_probs are given; got None")
+    shape, device, dtype = student.shape, student.device, student.dtype
+    return arguments.row_data("log_probs", log_probs, shape, device, "labels", dtype)
+
+
+class Inputs(NamedTuple):
+    """Of the ops."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    labels: Tensor | None  # [N]
+    known: Tensor | None  # [N] log-probs of the labels
+    lists: Lists
+    rows: RowInputs
+    kind: Kind
+    rule: HeadRule
+    shard: Shard
+    entropy: bool
+    needs: Needs
+    backend: str
+
+
+def _head(x: Inputs) -> HeadInputs:
+    return HeadInputs(x.hidden, x.weight, x.bias, x.rule, x.shard)
+
+
+def _bare(x: Inputs) -> bool:
+    """Whether the listed words are all that is read of the head."""
+    return not x.entropy and (x.labels is None or x.known is not None)
+
+
+def _forward_sparse(x: Inputs) -> Tensors:
+    """Scores of the listed words alone have a gradient; a product for the labels' log-probs."""
+    run, head = passes_of(x.backend), _head(x)
+    before = valid_rows(run, x.rows, x.labels, x.hidden)
+    words, present, valid, counts = listed(run, x.lists, before, x.rows.vocab, x.rows.check)
+    if _bare(x):
+        scores, known = sparse.gather(run, head, words, valid), None
+        now = torch.zeros_like(scores[:, 0]) if x.known is None else _where(valid, x.known)
+        entropy = scores.new_empty(0)
+    else:
+        label = words[:, :1] if x.labels is None else x.labels[:, None].to(words.dtype)
+        ids = torch.cat([label, words], 1)
+        gathered, log_probs, _, _, entropy = scan_head(
+            run, head, ids, valid, x.entropy, x.rule.scan_size
+        )
+        scores, known = gathered[:, 1:].contiguous(), log_probs[:, 1:].contiguous()
+        now = log_probs[:, 0].contiguous() if x.known is None else _where(valid, x.known)
+        if x.labels is None:
+            now = torch.zeros_like(now)
+    rows, slope = divergence(
+        run, x.kind, scores, known, x.lists.teacher, present, valid, x.rows.row_weights
+    )
+    done = finish(run, x.rows, valid, now, rows[0], GIVEN)
+    return (
+        done.loss, done.table, done.metrics, done.totals, valid, now, entropy,
+        masses(rows, done.metrics[TOKENS], counts), words, scores, slope,
+    )  # fmt: skip
+
+
+def _where(valid: Tensor, x: Tensor) -> Tensor:
+    return torch.where(valid, x, 0)
+
+
+def _backward_sparse(
+    x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
+) -> list[Tensor | None]:
+    table, valid, words, scores, slope = (outputs[i] for i in (1, 4, 8, 9, 10))
+    beta = slope * upstream_of(table, grads)[:, None]
+    found = sparse.scatter(
+        passes_of(x.backend), _head(x), words, valid, scores, beta, Needs(*needs)
+    )
+    return sum_over_shards(x, found, needs)
+
+
+def _forward(x: Inputs) -> Tensors:
+    """Log-probs of the listed words over the vocabulary: see `head.walk`."""
+    run = passes_of(x.backend)
+    before = valid_rows(run, x.rows, x.labels, x.hidden)
+    words, present, valid, counts = listed(run, x.lists, before, x.rows.vocab, x.rows.check)
+    work = Work(run, x.backend, _head(x), x.rows, valid, False, x.needs)
+    loss = _loss(x, run, words, present)
+    kept: list[Tensor] = []
+
+    def finished(results: list[Tensor]) -> Finished:
+        log_probs = results[2]
+        found, _ = divergence(run, x.kind, log_probs, log_probs, x.lists.teacher, present, valid)
+        now = results[0] if x.known is None else _where(valid, x.known)
+        done = finish(run, x.rows, valid, now, found[0], GIVEN)
+        kept.append(masses(found, done.metrics[TOKENS], counts))
+        return done
+
+    done, sums, factor = walk(work, loss, finished, known=x.known)
+    now, entropy = loss.results[:2]
+    if x.known is not None:
+        now = _where(valid, x.known)
+    return (
+        done.loss, done.table, done.metrics, done.totals, valid, now, entropy, kept[0], words,
+        present, *sums, factor,
+    )  # fmt: skip
+
+
+def _loss(x: Inputs, run: Any, words: Tensor, present: Tensor) -> ListedWords:
+    common = Common(run, _head(x), x.labels, x.rule.chunk_size, x.entropy)
+    return ListedWords(common, words, x.lists.teacher, present, x.kind)
+
+
+def _hand_out(
+    x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
+) -> list[Tensor | None]:
+    return hand_out(x, outputs[10:14], outputs[14], grads[0], needs)
+
+
+def _anew(
+    x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
+) -> list[Tensor | None]:
+    """The logits are made again, where only the backward knows what each row is weighed by."""
+    table, valid, words, present, teacher = (outputs[i] for i in (1, 4, 8, 9, 15))
+    run = passes_of(x.backend)
+    common = Common(run, _head(x), None, x.rule.chunk_size, False)
+    loss = ListedWords(common, words, teacher, present, x.kind)
+    work = Work(run, x.backend, _head(x), x.rows, valid, False, Needs(*needs))
+    return hand_out(x, gradients_anew(work, loss, upstream_of(table, grads)), None, None, needs)
+
+
+def _forward_tokens(x: Inputs) -> Tensors:
+    return (*_forward(x), x.lists.teacher.clone())
+
+
+def _empty_common(x: Inputs) -> Tensors:
+    teacher = x.lists.teacher
+    n = x.rows.n_rows
+    return (
+        *empty_finished(x.rows, teacher), teacher.new_empty(n, dtype=torch.bool),
+        teacher.new_empty(n), teacher.new_empty(n if x.entropy else 0),
+        teacher.new_empty(len(MASSES)), torch.empty_like(x.lists.ids),
+    )  # fmt: skip
+
+
+def _empty_sparse(x: Inputs) -> Tensors:
+    teacher = x.lists.teacher
+    return (*_empty_common(x), torch.empty_like(teacher), torch.empty_like(teacher))
+
+
+def _empty(x: Inputs) -> Tensors:
+    present = torch.empty_like(x.lists.ids, dtype=torch.bool)
+    return (*_empty_common(x), present, *empty_sums(x), x.lists.teacher.new_empty(()))
+
+
+def _empty_tokens(x: Inputs) -> Tensors:
+    return (*_empty(x), torch.empty_like(x.lists.teacher))
+
+
+COMMON = (
+    "loss", "table", "metrics", "totals", "valid", "log_probs", "entropy", "masses", "words",
+)  # fmt: skip
+LINEAR_TOPK_SPARSE = Op(
+    "linear_topk_sparse",
+    Inputs,
+    _forward_sparse,
+    _backward_sparse,
+    _empty_sparse,
+    outputs=(*COMMON, "scores", "slope"),
+    grads=2,
+    differentiable=LEAVES,
+    keep=(*LEAVES, "table", "valid", "words", "scores", "slope"),
+)
+LINEAR_TOPK = Op(
+    "linear_topk",
+    Inputs,
+    _forward,
+    _hand_out,
+    _empty,
+    outputs=(*COMMON, "present", *SUMS, "factor"),
+    grads=1,
+    differentiable=LEAVES,
+    keep=(*SUMS, "factor"),
+    hands_out=(SUMS[0], SUMS[1], SUMS[3]),
+)
+LINEAR_TOPK_TOKENS = Op(
+    "linear_topk_tokens",
+    Inputs,
+    _forward_tokens,
+    _anew,
+    _empty_tokens,
+    outputs=(*COMMON, "present", *SUMS, "factor", "teacher"),
+    grads=2,
+    differentiable=LEAVES,
+    keep=(*LEAVES, "table", "valid", "words", "present", "teacher"),
+)

@@ -1,0 +1,287 @@
+"""`topk_loss`: distillation from the teacher's K likeliest words, from logits."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call import arguments
+from ..call.finishing import Outcome, complete
+from ..call.gradients import expand, row_gradient
+from ..call.lists import (
+    MASSES,
+    Kind,
+    Lists,
+    check_lists,
+    divergence,
+    kind_of,
+    listed,
+    masses,
+    take_lists,
+)
+from ..call.logits import of_logits
+from ..call.op import Op, Tensors
+from ..call.rows import Gate, RowInputs, take_rows
+from ..call.weighing import empty_finished, finish, valid_rows
+from ..choices import Direction, Support
+from ..gate import DriftGate
+from ..options import Parallel, Reduction, refuse
+from ..outputs import LossOutput
+from ..parallel.agreement import meeting
+from ..parallel.words import Shard, from_owners, local_words, own, scan
+from ..passes.backends import passes_of
+from ..passes.rules import COEFFICIENT, GIVEN, SLOPE, TOKEN_LOSS, TOKENS
+
+
+def topk_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    old_log_probs: Tensor | None,
+    teacher_topk_ids: Tensor,
+    teacher_topk_log_probs: Tensor,
+    *,
+    direction: Direction = "reverse",
+    support: Support = "renormalized",
+    beta: float = 0.5,
+    teacher_temperature: float | None = None,
+    log_prob_floor: float | None = None,
+    ignore_unknown_ids: bool = False,
+    gate: Gate = DriftGate(),  # noqa: B008  (frozen)
+    row_weights: Tensor | None = None,
+    response_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    span_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int | None = -100,
+    reduction: Reduction | str = "token-mean",
+    parallel: Parallel | None = None,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+    validate: bool = False,
+    backend: str = "auto",
+    **removed: Any,
+) -> LossOutput:
+    """Divergence between student and teacher over the words that the teacher lists, gated.
+
+    With p the student's and q the teacher's mass of the K listed words of a valid position,
+
+        "reverse"  L = sum p log(p / q)
+        "forward"  L = sum q log(q / p)
+        "jsd"      L = beta sum q log(q / m) + (1 - beta) sum p log(p / m),
+                   m = beta q + (1 - beta) p; at beta = 0 "forward", at 1 "reverse", as in TRL
+        "mixed"    L = beta forward + (1 - beta) reverse  (NeMo-RL's default, at beta = 0.5)
+
+    over the support: "renormalized" softmaxes both over the list ("reverse" on it is LSM, local
+    support matching, arXiv 2603.25562: the direct loss); "truncated" takes both as they are, of the
+    full softmax (what verl and VeOmni compute; not clamped, so it may be negative); "tail" adds a
+    bucket with the rest of either mass, held above the dtype's epsilon (generalised JSD as in TRL).
+
+    Where the support is renormalised the gradient has K entries in a row: the backward writes
+    it without reading the logits. Without labels (and so without a drift: `gate` None, or the
+    weights themselves) the forward then reads the K entries alone.
+
+    Args:
+        labels, old_log_probs: as in `opd_loss`, for the gate's drift; None is allowed without it.
+        teacher_topk_ids: [..., K] int64 or int32, in any order; the student's own words will do as
+            well. -1 marks a missing entry, as does a log-prob of -inf: it is left out of the
+            support. A position with no entry left is not valid; the metric `without_support` counts
+            them. A word listed twice in a row counts once, by its first entry (engines return the
+            sampled token, then the top K): `duplicate_words` counts the others; with `validate`
+            they raise. Other padding (id 0 with log-prob 0, or -1e9) cannot be told from a word.
+        teacher_topk_log_probs: [..., K] nats. With the renormalised support a row's raw logits do
+            as well, since a constant cancels (but `teacher_mass` then means nothing).
+        direction, support, beta: as above; 0 <= beta <= 1.
+        teacher_temperature: divides the teacher's log-probs before they are renormalised.
+        log_prob_floor: log-probs of listed words, the student's and the teacher's, are at least
+            this with the supports "truncated" and "tail" (verl's `log_prob_min_clamp`), and have no
+            gradient below.
+        ignore_unknown_ids: leave out ids of V and more, of a teacher with more words, in place of
+            refusing them.
+        others: as in `opd_loss`.
+
+    Returns:
+        LossOutput; `log_probs`, `drift` are 0 without labels. Metrics have `student_mass` (where a
+        logsumexp is known) and `teacher_mass` on the listed words, `overlap` = sum min(p, q) on the
+        support, `without_support` and `duplicate_words`.
+
+    Raises:
+        ValueError, TypeError: as `opd_loss`; K = 1 with the renormalised support, which is 0
+            whatever the student does; an id outside the vocabulary that is not -1.
+    """
+    if removed:
+        refuse("topk_loss", removed)
+    logits, shard = local_words("logits", logits, parallel, -1)
+    with meeting(parallel, position_ids, "" if shard is None else shard.group) as ranks:
+        ranks.expect(logits, validate)
+        kind = kind_of(direction, support, beta, log_prob_floor, teacher_temperature)
+        student, chosen, shard = of_logits(logits, shard, backend)
+        arguments.writable("logits", logits, inplace_backward)
+        call = take_rows(
+            student, labels, old_log_probs, gate=gate, response_mask=response_mask,
+            cu_seqlens=cu_seqlens, span_ids=span_ids, position_ids=position_ids,
+            row_weights=row_weights, temperature=temperature, ignore_index=ignore_index,
+            reduction=reduction, validate=validate, backend=chosen, ranks=ranks,
+            trains=logits.requires_grad,
+        )  # fmt: skip
+        lists = take_lists(
+            student, teacher_topk_ids, teacher_topk_log_probs, support,
+            ignore_unknown_ids=ignore_unknown_ids, validate=validate,
+        )  # fmt: skip
+        if ranks.any:
+            ranks.tell(**kind._asdict(), entropy=return_entropy)
+            check_lists(ranks, call, lists)
+    if chosen == "reference":
+        from .. import reference
+
+        if ignore_unknown_ids:
+            teacher_topk_ids = torch.where(teacher_topk_ids < student.vocab, teacher_topk_ids, -1)
+        return reference.topk_loss(
+            logits, labels, old_log_probs, teacher_topk_ids, teacher_topk_log_probs,
+            direction=direction, support=support, beta=beta,
+            teacher_temperature=teacher_temperature, log_prob_floor=log_prob_floor, gate=gate,
+            row_weights=row_weights, response_mask=response_mask, cu_seqlens=cu_seqlens,
+            span_ids=span_ids, temperature=temperature, ignore_index=ignore_index,
+            reduction=reduction, return_entropy=return_entropy,
+        )  # fmt: skip
+    loss, table, metrics, totals, valid, now, entropy, sizes, *_ = TOPK(
+        Inputs(
+            arguments.as_batch(logits),
+            call.labels,
+            lists,
+            call.rows,
+            kind,
+            1 / float(temperature),
+            return_entropy,
+            inplace_backward,
+            shard,
+            chosen,
+        )
+    )
+    found = Outcome(loss, table, metrics, totals, valid, now, entropy)
+    output = complete(call, found, return_entropy, "floored", "pg_clipfrac")
+    known = labels is not None or support != "renormalized" or return_entropy
+    return with_masses(output, sizes, known)
+
+
+def with_masses(output: LossOutput, sizes: Tensor, known: bool) -> LossOutput:
+    """The output with the metrics of the lists; `known`: the student's masses are."""
+    values = dict(zip(MASSES, sizes.unbind(), strict=True))
+    if not known:
+        del values["student_mass"]
+    output.metrics.update(values)
+    return output
+
+
+class Inputs(NamedTuple):
+    """Of the op."""
+
+    logits: Tensor  # [B, T, V], this rank's words
+    labels: Tensor | None  # [N]
+    lists: Lists
+    rows: RowInputs
+    kind: Kind
+    scale: float
+    entropy: bool
+    inplace: bool
+    shard: Shard
+    backend: str
+
+
+def _forward(x: Inputs) -> Tensors:
+    """One scan (or a gather) of the listed words and the label, then row functions."""
+    run = passes_of(x.backend)
+    found = listed(
+        run, x.lists, valid_rows(run, x.rows, x.labels, x.logits), x.rows.vocab, x.rows.check
+    )
+    renormalized, (words, present, valid, counts) = x.kind.support == "renormalized", found
+    if renormalized and x.labels is None and not x.entropy:
+        gathered = _gather(run, x, words, valid)
+        known, scores = None, gathered
+        maximum = log_sum = entropy = gathered.new_empty(0)
+        now = gathered.new_zeros(len(valid))
+    else:
+        label = words[:, :1] if x.labels is None else x.labels[:, None].to(words.dtype)
+        every, log_probs, maximum, log_sum, entropy = scan(
+            run, x.logits, torch.cat([label, words], 1), valid, x.scale, x.entropy, x.shard
+        )
+        gathered, known = every[:, 1:].contiguous(), log_probs[:, 1:].contiguous()
+        scores = gathered if renormalized else known
+        now = log_probs[:, 0].contiguous() if x.labels is not None else torch.zeros_like(maximum)
+    rows, slope = divergence(
+        run, x.kind, scores, known, x.lists.teacher, present, valid, x.rows.row_weights
+    )
+    done = finish(run, x.rows, valid, now, rows[0], GIVEN)
+    return (
+        done.loss, done.table, done.metrics, done.totals, valid, now, entropy,
+        masses(rows, done.metrics[TOKENS], counts), words, gathered, maximum, log_sum, slope,
+    )  # fmt: skip
+
+
+def _gather(run: Any, x: Inputs, words: Tensor, valid: Tensor) -> Tensor:
+    """z of the listed words, of the ranks that have them."""
+    if not x.shard.group:
+        found: Tensor = run.gather(x.logits, words, valid, x.scale)
+        return found
+    width = x.logits.shape[2]
+    local = own(x.shard, words, width).clamp(min=0)
+    return from_owners(run.gather(x.logits, local, valid, x.scale), words, x.shard, width)
+
+
+def _backward(
+    x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
+) -> list[Tensor | None]:
+    """K entries a row, and where the support is not renormalised alpha = -sum beta."""
+    of_loss, of_table = grads
+    _, table, _, _, valid, _, _, _, words, gathered, maximum, log_sum, slope = outputs
+    of_token = None if of_table is None else of_table[TOKEN_LOSS]
+    upstream = row_gradient(table[SLOPE], table[COEFFICIENT], of_loss, of_token)
+    beta = slope * upstream[:, None]
+    alpha = torch.zeros_like(upstream) if x.kind.support == "renormalized" else -beta.sum(-1)
+    if not maximum.numel():
+        maximum = log_sum = torch.zeros_like(upstream)
+    return [
+        expand(
+            x.backend,
+            x.logits,
+            words,
+            maximum,
+            log_sum,
+            gathered,
+            valid,
+            alpha,
+            beta,
+            x.scale,
+            x.shard,
+            x.inplace,
+        )
+    ]
+
+
+def _empty(x: Inputs) -> Tensors:
+    ids, teacher = x.lists.ids, x.lists.teacher
+    found = empty_finished(x.rows, teacher)
+    n = ids.shape[0]
+    bare = x.kind.support == "renormalized" and x.labels is None and not x.entropy
+    return (
+        *found, teacher.new_empty(n, dtype=torch.bool), teacher.new_empty(n),
+        teacher.new_empty(n if x.entropy else 0), teacher.new_empty(len(MASSES)),
+        torch.empty_like(ids), torch.empty_like(teacher), teacher.new_empty(0 if bare else n),
+        teacher.new_empty(0 if bare else n), torch.empty_like(teacher),
+    )  # fmt: skip
+
+
+TOPK = Op(
+    "topk",
+    Inputs,
+    _forward,
+    _backward,
+    _empty,
+    outputs=(
+        "loss", "table", "metrics", "totals", "valid", "log_probs", "entropy", "masses", "words",
+        "gathered", "maximum", "log_sum", "slope",
+    ),
+    grads=2,
+    differentiable=("logits",),
+    keep=("logits", "table", "valid", "words", "gathered", "maximum", "log_sum", "slope"),
+)  # fmt: skip

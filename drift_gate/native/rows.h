@@ -1,6 +1,0 @@
-/* All that depends on the instruction set, in the names that NAME gives. */
-
-#include "arithmetic.h"
-#include "tiles.h"
-#include "scan.h"
-#include "divergence.h"

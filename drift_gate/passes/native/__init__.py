@@ -1,0 +1,65 @@
+"""The passes in C, for CPU tensors of up to 32 bits: a row passes through the cache once.
+
+ATen goes over a row once for each operation, and stores what lies between in memory; here a tile of
+a row is read, computed on in registers, and written. `setup.py` builds the library where there is a
+C compiler. Where there is none, or `DRIFT_GATE_NATIVE=0` in the environment, the passes go through
+ATen, slower and to the same formulas.
+
+Arithmetic on logits and lists is float32, sums of rows are float64, and each result is rounded
+once; what is done once a row is float64. A function is one call into the library, by this thread
+where there is little to do, else by as many threads as ATen has. The same bits for any number.
+"""
+
+import os
+
+from torch import Tensor
+
+from ..torch.sparse import by_word, head_gather, sum_words, weigh_words
+from . import library
+from .divergence import divergence, divergence_grad
+from .rows import finish, valid_rows, weigh
+from .tensors import KINDS
+from .topk import topk_rows, topk_support
+from .vocabulary import expand, gather, scan
+
+__all__ = [
+    "KINDS",
+    "by_word",
+    "divergence",
+    "divergence_grad",
+    "expand",
+    "finish",
+    "gather",
+    "head_gather",
+    "instruction_set",
+    "scan",
+    "sum_words",
+    "takes",
+    "topk_rows",
+    "topk_support",
+    "valid_rows",
+    "weigh",
+    "weigh_words",
+]
+
+enabled = os.environ.get("DRIFT_GATE_NATIVE", "1") != "0"
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the functions here run on these tensors."""
+    fit = all(x.is_cpu and x.dtype in KINDS for x in tensors)
+    return fit and enabled and _found()
+
+
+def _found() -> bool:
+    return library.find() is not None
+
+
+# What torch.compiler.assume_constant_result does, beside loading torch._dynamo (seconds): the
+# compiler cannot look for a library.
+_found._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def instruction_set() -> str | None:
+    """ "avx512", "avx2" or "any": what the functions were compiled for; None without them."""
+    return library.instruction_set() if enabled and _found() else None

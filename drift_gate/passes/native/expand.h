@@ -1,0 +1,80 @@
+/* The gradient of statistics and of listed words. */
+
+/* scale * alpha * softmax(z) of a row. */
+static void NAME(softmax_row)(const struct expand *job, int64_t row)
+{
+    float tile[TILE], top = job->maximum[row];
+    float factor = (float)(exp(-(double)job->log_sum[row]) * job->alpha[row] * job->scale);
+    for (int64_t at = 0; at < job->vocab; at += TILE) {
+        int64_t n = job->vocab - at < TILE ? job->vocab - at : TILE;
+        int64_t whole = NAME(load)(job->logits, row, at, n, (float)job->scale, tile);
+        for (int64_t i = 0; i < whole; i++)
+            tile[i] = NAME(exp)(tile[i] - top) * factor;
+        NAME(store)(job->out, row, at, n, tile);
+    }
+}
+
+/* scale * (alpha p + sum of beta) of the row's listed words, from their log-probs in `value`. */
+static void NAME(entry_values)(int64_t words, float alpha, float scale, const float *restrict sum,
+                               float *restrict value)
+{
+    for (int64_t k = 0; k < words; k++) {
+        float log_p = value[k], p = NAME(exp)(log_p);
+        /* alpha p + beta = alpha (p - 1) + (alpha + beta): near p = 1, expm1 keeps the digits of
+        p - 1. */
+        float near_one = p > 0.5f ? (float)(alpha * expm1(log_p) + (alpha + sum[k])) : 0;
+        value[k] = (alpha == 0 ? sum[k] : p > 0.5f ? near_one : alpha * p + sum[k]) * scale;
+    }
+}
+
+/* Overwrite the listed words of a row, whose logits it does not read: `out` may have their place.
+Entries with the same id receive the sum of their betas. */
+static void NAME(put_entries)(const struct expand *job, int64_t row, struct entries room)
+{
+    int64_t words = job->words, at = row * words;
+    const void *ids = (const char *)job->ids + at * (job->wide ? 8 : 4);
+    struct table found;
+    if (words > 1)
+        found = cleared(room.slots, words);
+    float top = job->maximum[row], log_sum = job->log_sum[row];
+    for (int64_t k = 0; k < words; k++) {
+        int64_t id = id_at(ids, job->wide, k), listed = id >= 0 && id < job->vocab;
+        int64_t owner = words > 1 && listed ? first_entry(found, ids, job->wide, k) : k;
+        room.sum[k] = job->beta[at + k];
+        room.place[k] = listed && owner == k ? id : -1;
+        room.value[k] = job->gathered[at + k] - top - log_sum;
+        if (owner != k)
+            room.sum[owner] += room.sum[k];
+    }
+    NAME(entry_values)(words, job->alpha[row], (float)job->scale, room.sum, room.value);
+    for (int64_t k = 0; k < words; k++)
+        if (room.place[k] >= 0)
+            NAME(put_word)(job->out, row, room.place[k], room.value[k]);
+}
+
+/* Rows whose softmax is not wanted. */
+static int NAME(is_blank)(const struct expand *job, int64_t row)
+{
+    return job->alpha[row] == 0 || (job->valid && !job->valid[row]);
+}
+
+int64_t NAME(expand)(const void *given, int64_t first, int64_t last)
+{
+    const struct expand *job = given;
+    struct entries room;
+    if (!room_for(job->words, &room))
+        return NO_MEMORY;
+    for (int64_t row = first; row < last;) {
+        int64_t next = row;
+        while (next < last && NAME(is_blank)(job, next))
+            next++;
+        zero_rows(job->out, row, next, 0, job->vocab);
+        if (next == row)
+            NAME(softmax_row)(job, next++);
+        for (; row < next; row++)
+            if (!job->valid || job->valid[row])
+                NAME(put_entries)(job, row, room);
+    }
+    free(room.slots);
+    return 0;
+}

@@ -1,0 +1,93 @@
+/* What the functions over rows of logits are given. Python packs these structures, see jobs.py: all
+members take eight bytes, and pointers may be NULL where that is said. */
+
+struct rows { /* [B, T, V], last dimension contiguous */
+    void *data;
+    int64_t of_batch, of_row; /* strides in elements */
+    int64_t length;           /* T */
+    int64_t kind;
+};
+
+struct scan {
+    struct rows logits;
+    int64_t vocab;
+    double scale;
+    const uint8_t *valid; /* [N], or NULL for all */
+    const void *ids;      /* [N, K] */
+    int64_t wide, words;  /* whether they are int64; K */
+    float *gathered, *log_probs; /* [N, K] */
+    float *maximum, *log_sum;    /* [N]; maximum NULL: `gathered` alone */
+    float *entropy;              /* [N], or NULL */
+};
+
+struct expand {
+    struct rows logits, out;
+    int64_t vocab;
+    double scale;
+    const uint8_t *valid; /* [N], or NULL for all */
+    const void *ids;
+    int64_t wide, words;
+    const float *maximum, *log_sum, *alpha; /* [N] */
+    const float *gathered, *beta;           /* [N, K] */
+};
+
+struct divergences {
+    struct rows student, teacher;
+    int64_t rows, vocab;
+    double scale, teacher_scale, beta;
+    int64_t direction;
+    const uint8_t *valid;
+    const void *labels; /* [N], or NULL */
+    int64_t wide;
+    float *loss, *log_probs; /* [N] */
+    float *statistics;       /* [5, N] */
+    float *entropy;          /* [N], or NULL */
+};
+
+struct divergence_slopes {
+    struct rows student, teacher, out;
+    int64_t rows, vocab, all_words; /* words of the teacher, of the student */
+    double scale, teacher_scale, beta;
+    int64_t direction;
+    const uint8_t *valid;
+    const float *statistics, *upstream;
+};
+
+static int64_t start(struct rows x, int64_t row)
+{
+    return row / x.length * x.of_batch + row % x.length * x.of_row;
+}
+
+/* Zeros in words from ... to of rows first ... last; rows that touch in one go, which the C library
+writes without reading. */
+static void zero_rows(struct rows out, int64_t first, int64_t last, int64_t from, int64_t to)
+{
+    int64_t size = out.kind == FLOAT32 ? 4 : 2, words = to - from;
+    for (int64_t row = first; row < last;) {
+        int64_t next = row + 1;
+        while (next < last && start(out, next) == start(out, next - 1) + words)
+            next++;
+        memset((char *)out.data + (start(out, row) + from) * size, 0,
+               (size_t)((next - row) * words * size));
+        row = next;
+    }
+}
+
+/* Room for a row's listed words. */
+struct entries {
+    int32_t *slots; /* of a table; the others follow in the same block */
+    float *sum, *value;
+    int64_t *place;
+};
+
+static int room_for(int64_t words, struct entries *room)
+{
+    size_t n = (size_t)words, slots = (size_t)slots_for(words);
+    room->slots = malloc(slots * sizeof(int32_t) + n * (sizeof(int64_t) + 2 * sizeof(float)));
+    if (!room->slots)
+        return 0;
+    room->place = (int64_t *)(room->slots + slots); /* slots are even in number */
+    room->sum = (float *)(room->place + n);
+    room->value = room->sum + n;
+    return 1;
+}

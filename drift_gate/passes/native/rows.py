@@ -1,0 +1,159 @@
+"""Row functions in C: `passes.rules` says what they take and give. Row data is float32 here, and
+arithmetic on it float64. One call into the library, by one thread."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..rules import (
+    GIVEN,
+    METRICS,
+    Finished,
+    GateRule,
+    PositionRule,
+    ReduceRule,
+    RowData,
+    Weights,
+)
+from . import errors
+from .jobs import FINISH, GATE, POSITION, REDUCE, VALID_ROWS
+from .library import checked, choice, function
+from .tensors import BOOL, CPU, FLOAT32, INT32, INT64, booleans, floats, listed, mask_kind
+
+FLOAT64 = torch.float64
+NO_REDUCTION = ReduceRule(1.0, "given", False)
+
+
+def valid_rows(
+    labels: Tensor | None,  # [N] int32 or int64; None: the mask alone decides
+    response_mask: Tensor | None,  # [N] any dtype, not 0 where valid
+    ignore_index: int,
+    vocab: int,
+    cu_seqlens: Tensor | None,  # [B + 1] int32 or int64
+    n_rows: int,
+    device: torch.device,  # the CPU
+    check: bool,
+) -> Tensor:
+    """valid [N] bool: in the response mask, and label not ignored.
+
+    With `check`, ValueError where a float mask holds what is neither 0 nor 1, where a valid label
+    is outside [0, vocab) or where cu_seqlens do not rise from 0 to N.
+    """
+    valid = torch.empty(n_rows, dtype=BOOL, device=CPU)
+    labels = None if labels is None else listed(labels, n_rows)
+    kind, borders, count = 0, None, 0
+    if response_mask is not None:
+        response_mask, kind = response_mask.contiguous(), mask_kind(response_mask, n_rows)
+    if cu_seqlens is not None:
+        borders = listed(cu_seqlens)
+        count = borders.numel()
+    job = VALID_ROWS.pack(
+        n_rows, vocab, ignore_index, check, 0 if labels is None else labels.data_ptr(),
+        labels is not None and labels.dtype is INT64,
+        0 if response_mask is None else response_mask.data_ptr(), kind,
+        0 if borders is None else borders.data_ptr(),
+        borders is not None and borders.dtype is INT64, count, valid.data_ptr(),
+    )  # fmt: skip
+    bad = function("valid_rows", False)(job, 0, n_rows)
+    if bad:
+        raise errors.invalid_rows(
+            bad, labels, response_mask, ignore_index, vocab, cu_seqlens, n_rows
+        )
+    return valid
+
+
+def weigh(data: RowData, gate: GateRule, given: Tensor | None = None) -> Weights:
+    """How rows weigh; `given` [N] as in `finish`. Raises ValueError for unknown options."""
+    n = data.valid.numel()
+    weight = torch.empty(n, dtype=FLOAT32, device=CPU)
+    drift = torch.empty(n, dtype=FLOAT32, device=CPU)
+    first, metrics, totals = _others(n)
+    outputs = weight.data_ptr(), drift.data_ptr(), 0, 0, 0, first.data_ptr(), 0
+    ends = metrics.data_ptr(), totals.data_ptr()
+    rules = _rules(gate, GIVEN, NO_REDUCTION)
+    _finish(data, given, None, None, (*outputs, *ends), rules)
+    return Weights(weight, drift, first, metrics, totals)
+
+
+def finish(
+    data: RowData,
+    gate: GateRule,
+    given: Tensor | None,  # [N]: the caller's weights, where the gate's normalize is "given"
+    row_weights: Tensor | None,  # [N]: what multiplies a row beside; None for 1
+    target: Tensor,  # [N]: as the position's rule takes it
+    position: PositionRule,
+    reduce: ReduceRule,
+) -> Finished:
+    """Weights, position losses, and their sum. Raises ValueError for unknown options."""
+    n = data.valid.numel()
+    table = torch.empty(5, n, dtype=FLOAT32, device=CPU)
+    loss = torch.empty((), dtype=FLOAT32, device=CPU)
+    first, metrics, totals = _others(n)
+    weight, row = table.data_ptr(), 4 * n  # bytes
+    outputs = weight, weight + 4 * row, weight + row, weight + 2 * row, weight + 3 * row
+    ends = first.data_ptr(), loss.data_ptr(), metrics.data_ptr(), totals.data_ptr()
+    rules = _rules(gate, position, reduce)
+    _finish(data, given, row_weights, target, (*outputs, *ends), rules)
+    return Finished(loss, table, first, metrics, totals)
+
+
+def _others(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """first, metrics and totals."""
+    first = torch.empty(n, dtype=INT32, device=CPU)
+    metrics = torch.empty(len(METRICS), dtype=FLOAT32, device=CPU)
+    return first, metrics, torch.empty(4, dtype=FLOAT64, device=CPU)
+
+
+Rules = tuple[bytes, bool, bool]
+"""Packed; whether spans are needed; whether weights are given."""
+
+
+@functools.lru_cache(maxsize=256)
+def _rules(gate: GateRule, position: PositionRule, reduce: ReduceRule) -> Rules:
+    if gate.block_size < 1:
+        raise ValueError(f"block_size must be at least 1; got {gate.block_size}")
+    packed = GATE.pack(
+        choice("granularity", gate.granularity), gate.block_size,
+        choice("aggregate", gate.aggregate), choice("normalize", gate.normalize), gate.part,
+        gate.tau,
+    )  # fmt: skip
+    packed += POSITION.pack(
+        choice("estimator", position.estimator), choice("advantage", position.advantage),
+        choice("ratio", position.ratio), position.clamp, position.low, position.high,
+        position.dual, position.advantage_low, position.advantage_high, position.floor,
+    )  # fmt: skip
+    packed += REDUCE.pack(
+        choice("denominator", reduce.denominator), reduce.token_mean, reduce.factor
+    )
+    spans = "span" in (gate.granularity, position.ratio)
+    return packed, spans, gate.normalize == "given"
+
+
+def _finish(
+    data: RowData,
+    given: Tensor | None,
+    row_weights: Tensor | None,
+    target: Tensor | None,
+    outputs: tuple[int, ...],
+    rules: Rules,
+) -> None:
+    valid, now, old, spans, cu_seqlens, length = data
+    packed, by_span, by_given = rules
+    n = valid.numel()
+    _mask, mask_at = booleans(valid, n)
+    given = given if by_given else None
+    _kept, (now_at, old_at, *row_data) = floats(n, now, old, given, row_weights, target)
+    spans = listed(spans, n, INT64) if by_span and spans is not None else None
+    borders = None if cu_seqlens is None else listed(cu_seqlens)
+    if by_span and spans is None:
+        raise ValueError("spans must be a tensor where a granularity is 'span'; got None")
+    if by_given and given is None:
+        raise ValueError("given must be a tensor where normalize is 'given'; got None")
+    job = FINISH.pack(
+        n, max(length, 1), mask_at, now_at, old_at, 0 if spans is None else spans.data_ptr(),
+        0 if borders is None else borders.data_ptr(),
+        borders is not None and borders.dtype is INT64,
+        0 if borders is None else borders.numel() - 1, *row_data, *outputs,
+    )  # fmt: skip
+    checked(function("finish", False)(job + packed, 0, n))

@@ -1,0 +1,51 @@
+/* Statistics of rows, and their listed words. */
+
+/* z[ids] of a row; returns the entry + 1 of the first id outside the vocabulary, or 0. */
+static int64_t NAME(gather_row)(const struct scan *job, int64_t row)
+{
+    for (int64_t k = 0; k < job->words; k++) {
+        int64_t at = row * job->words + k, id = id_at(job->ids, job->wide, at);
+        if (id < 0 || id >= job->vocab)
+            return at + 1;
+        job->gathered[at] = NAME(word)(job->logits, row, id, (float)job->scale);
+    }
+    return 0;
+}
+
+static void NAME(scan_row)(const struct scan *job, int64_t row)
+{
+    struct mass all = NAME(row_mass)(job->logits, row, job->vocab, (float)job->scale,
+                                     job->entropy != NULL);
+    struct statistics found = statistics_of(all);
+    job->maximum[row] = found.maximum, job->log_sum[row] = found.log_sum;
+    if (job->entropy)
+        job->entropy[row] = found.entropy;
+    const float *from = job->gathered + row * job->words;
+    float *to = job->log_probs + row * job->words;
+    for (int64_t k = 0; k < job->words; k++)
+        to[k] = from[k] - found.maximum - found.log_sum;
+}
+
+int64_t NAME(scan)(const void *given, int64_t first, int64_t last)
+{
+    const struct scan *job = given;
+    size_t size = (size_t)job->words * sizeof(float);
+    for (int64_t row = first; row < last; row++) {
+        if (job->valid && !job->valid[row]) {
+            memset(job->gathered + row * job->words, 0, size);
+            if (job->maximum) {
+                memset(job->log_probs + row * job->words, 0, size);
+                job->maximum[row] = job->log_sum[row] = 0;
+            }
+            if (job->entropy)
+                job->entropy[row] = 0;
+            continue;
+        }
+        int64_t bad = NAME(gather_row)(job, row);
+        if (bad)
+            return bad;
+        if (job->maximum)
+            NAME(scan_row)(job, row);
+    }
+    return 0;
+}

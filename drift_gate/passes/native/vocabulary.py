@@ -1,0 +1,93 @@
+"""The passes over one vocabulary in C: `scan`, `gather`, `expand`, as in `torch_passes`."""
+
+import torch
+from torch import Tensor
+
+from . import errors
+from .jobs import EXPAND, SCAN
+from .library import run
+from .tensors import CPU, FLOAT32, INT64, booleans, floats, listed, rows_of
+
+
+def scan(
+    logits: Tensor,  # [B, T, V] of KINDS, last dimension contiguous, any outer strides
+    ids: Tensor,  # [N, K] int64 or int32, N = B * T
+    valid: Tensor | None,  # [N] bool; None: all rows
+    scale: float,  # 1 / temperature
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return (gathered [N, K], log_probs [N, K], maximum [N], log_sum [N], entropy [N] or [0]).
+
+    All are float32. Invalid rows are not read, nor their ids, and give 0. A row with a NaN or +inf
+    gives NaN (its maximum may be inf); one that is all -inf has -inf for maximum and log_sum.
+
+    Raises ValueError for an id outside [0, V) in a valid row.
+    """
+    n, k = ids.shape
+    gathered = torch.empty(n, k, dtype=FLOAT32, device=CPU)
+    log_probs = torch.empty(n, k, dtype=FLOAT32, device=CPU)
+    maximum = torch.empty(n, dtype=FLOAT32, device=CPU)
+    log_sum = torch.empty(n, dtype=FLOAT32, device=CPU)
+    entropy = torch.empty(n if with_entropy else 0, dtype=FLOAT32, device=CPU)
+    of_words = log_probs.data_ptr(), maximum.data_ptr(), log_sum.data_ptr()
+    wanted = *of_words, entropy.data_ptr() if with_entropy else 0
+    _read(logits, ids, valid, scale, gathered, wanted, logits.shape[2])
+    return gathered, log_probs, maximum, log_sum, entropy
+
+
+def gather(logits: Tensor, ids: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+    """`scan`'s gathered [N, K] = scale * logits[ids] alone; arguments as there."""
+    gathered = torch.empty(*ids.shape, dtype=FLOAT32, device=CPU)
+    _read(logits, ids, valid, scale, gathered, (0, 0, 0, 0), 0)
+    return gathered
+
+
+def _read(
+    logits: Tensor,
+    ids: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    gathered: Tensor,
+    others: tuple[int, int, int, int],
+    words: int,  # that are read of a row, beside those listed
+) -> None:
+    n, k = ids.shape
+    ids, vocab = listed(ids), logits.shape[2]
+    _mask, mask_at = booleans(valid, n)
+    job = SCAN.pack(
+        *rows_of(logits, n), vocab, scale, mask_at, ids.data_ptr(), ids.dtype is INT64, k,
+        gathered.data_ptr(), *others,
+    )  # fmt: skip
+    bad = run("scan", job, n, words + k)
+    if bad:
+        raise errors.id_outside(ids, bad - 1, vocab)
+
+
+def expand(
+    logits: Tensor,  # [B, T, V], as given to scan
+    ids: Tensor,  # [N, K]
+    maximum: Tensor,  # [N], from scan, as the next two
+    log_sum: Tensor,  # [N]
+    gathered: Tensor,  # [N, K]
+    valid: Tensor | None,  # [N] bool; None: all rows
+    alpha: Tensor,  # [N]: d loss / d logsumexp
+    beta: Tensor,  # [N, K]: d loss / d z[ids]
+    scale: float,  # 1 / temperature
+    out: Tensor,  # [B, T, V], dtype of the logits, any outer strides; may be the logits
+) -> None:
+    """Write d loss / d logits into `out`: scale * (alpha softmax(z) + sum_k beta_k onehot(ids_k)).
+
+    Rows that are not valid become 0 and are not read; nor are rows whose alpha is 0. An id outside
+    [0, V) writes nothing; ids listed twice in a row receive both betas. A NaN alpha gives NaN.
+    The version counter of `out` does not move.
+    """
+    n, k = ids.shape
+    ids = listed(ids)
+    _mask, mask_at = booleans(valid, n)
+    _row_data, at = floats(n, maximum, log_sum, alpha)
+    _word_data, words_at = floats(n * k, gathered, beta)
+    job = EXPAND.pack(
+        *rows_of(logits, n), *rows_of(out, n), logits.shape[2], scale, mask_at, ids.data_ptr(),
+        ids.dtype is INT64, k, *at, *words_at,
+    )  # fmt: skip
+    run("expand", job, n, logits.shape[2] + k)

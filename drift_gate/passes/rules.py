@@ -1,0 +1,173 @@
+"""What the row functions of every backend take and return, and the choices they know."""
+
+import math
+from collections.abc import Collection
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..choices import ADVANTAGES, AGGREGATES, ESTIMATORS, GRANULARITIES, NORMALIZE
+
+METRICS = (
+    "gate_mean_raw",
+    "gate_min",
+    "gate_max",
+    "gate_ess",
+    "drift_abs",
+    "drift_signed",
+    "pg_clipfrac",
+    "ppo_kl",
+    "valid_tokens",
+    "floored",
+)
+"""Numbers of the valid rows; the last two are counts."""
+GATE_METRICS = METRICS[:6]
+TOKENS = METRICS.index("valid_tokens")
+
+LARGEST_DRIFT = 2.0**126
+"""Stands for infinity where a call is a part of its batch: see `GateRule.part`."""
+
+NORMALIZATIONS = (*NORMALIZE, "off", "given")
+POSITION_LOSSES = (*ESTIMATORS, "given")
+ADVANTAGE_KINDS = (*ADVANTAGES, "given")
+DENOMINATORS = ("given", "tokens", "sequences")
+
+
+WEIGHT, TOKEN_LOSS, SLOPE, COEFFICIENT, DRIFT = range(5)
+"""Rows of the table of `Finished`."""
+
+
+class RowData(NamedTuple):
+    """Rows of a call, flat; log-probs in nats, float32 or float64."""
+
+    valid: Tensor
+    """[N] bool."""
+    now: Tensor
+    """[N], current log-probs of the labels."""
+    old: Tensor | None
+    """[N], old log-probs; None: no drift, and ratio 1."""
+    spans: Tensor | None
+    """[N] int64, where a granularity is "span"."""
+    cu_seqlens: Tensor | None
+    """[B + 1] int32 or int64; None: every `length` rows are a sequence."""
+    length: int
+
+
+class GateRule(NamedTuple):
+    """How drifts become weights (arXiv 2606.24084)."""
+
+    granularity: str = "token"
+    block_size: int = 1
+    """Rows of a block, also where the ratio of a `PositionRule` is that of a block."""
+    aggregate: str = "mean"
+    """Of the drifts of a block's valid rows; its absolute value is the block's drift."""
+    tau: float = 0.0
+    normalize: str = "off"
+    """Unit mean over the "batch" or each "sequence", or "none"; "off": every weight is 1;
+    "given": the caller gives the weights."""
+    part: bool = False
+    """The call is a part of its batch: with "batch" and tau > 0 an infinite drift counts as
+    LARGEST_DRIFT, so that a part whose gates are all 0 has weights, which the rest of the batch
+    makes 0."""
+
+
+NO_GATE = GateRule(block_size=64)
+
+
+class PositionRule(NamedTuple):
+    """The loss of a position, from its target: a teacher's log-prob, or as the options say."""
+
+    estimator: str = "ppo"
+    """"given": the target is the position's loss itself."""
+    low: float = 0.2
+    high: float = 0.2
+    """The ratio is held within [1 - low, 1 + high]."""
+    dual: float = math.inf
+    """For an advantage A < 0 the loss of "ppo" is at most -dual A; inf for no such bound."""
+    advantage_low: float = -math.inf
+    advantage_high: float = math.inf
+    advantage: str = "old"
+    """A = target - old, with "current" target - now (detached), with "given" the target."""
+    ratio: str = "token"
+    """Granularity of the ratio: exp of the mean of now - old over the unit's valid rows."""
+    clamp: bool = True
+    """For "k3": loss at most 10, log-ratio within +-20, and slope 0 beyond."""
+    floor: float = -math.inf
+    """Targets are at least this."""
+
+
+GIVEN = PositionRule("given")
+
+
+class ReduceRule(NamedTuple):
+    """How position losses become one."""
+
+    factor: float = 1.0
+    denominator: str = "given"
+    """What divides the sum beside: nothing, the valid "tokens", or the "sequences" with any."""
+    token_mean: bool = False
+    """Each sequence's sum is divided by its valid rows (+ 1e-8, as verl does)."""
+
+
+class Weights(NamedTuple):
+    """Of `weigh`."""
+
+    weight: Tensor
+    """[N], 0 on invalid rows."""
+    drift: Tensor
+    """[N], old - now; 0 on invalid rows and without old log-probs."""
+    first: Tensor
+    """[N] int32: first valid row of the row's block; -1 on invalid rows."""
+    metrics: Tensor
+    """In the order of METRICS."""
+    totals: Tensor
+    """[4] float64: peak, log_mean, tokens, size. The mean of the gates is exp(peak + log_mean),
+    both 0 where no mean is asked for; size divides the loss where it is counted."""
+
+
+class Finished(NamedTuple):
+    """Of `finish`: the last three as `Weights` has them."""
+
+    loss: Tensor
+    """[], the sum of coefficient * token loss."""
+    table: Tensor
+    """[5, N]: weight, token loss, its slope in `now` (with "given" in the target), coefficient,
+    drift."""
+    first: Tensor
+    metrics: Tensor
+    totals: Tensor
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_gate(gate: GateRule) -> None:
+    """Raise ValueError for a choice that there is not."""
+    check_choice("granularity", gate.granularity, GRANULARITIES)
+    check_choice("aggregate", gate.aggregate, AGGREGATES)
+    check_choice("normalize", gate.normalize, NORMALIZATIONS)
+
+
+def check_position(position: PositionRule) -> None:
+    """Raise ValueError for a choice that there is not."""
+    check_choice("estimator", position.estimator, POSITION_LOSSES)
+    check_choice("advantage", position.advantage, ADVANTAGE_KINDS)
+    check_choice("ratio", position.ratio, GRANULARITIES)
+
+
+def limit_of(direction: str, beta: float, choices: Collection[str]) -> str:
+    """The direction, or the KL that it is at the ends of beta.
+
+    At 0 and 1 "jsd" is, as in TRL, the forward KL(q || p) and the reverse KL(p || q), its limits as
+    it is divided by beta or 1 - beta. "mixed" is beta forward + (1 - beta) reverse: at its ends the
+    part of weight 0 is left out, even where it is infinite.
+    """
+    check_choice("direction", direction, choices)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in [0, 1]; got {beta}")
+    if direction not in ("jsd", "mixed") or 0 < beta < 1:
+        return direction
+    return "forward" if (beta == 0) == (direction == "jsd") else "reverse"

@@ -1,0 +1,106 @@
+"""The passes as Triton kernels, see `kernels/`: for CUDA and ROCm tensors of up to 32 bits."""
+
+import torch
+from torch import Tensor
+
+from ..kernels import rows as row_kernels
+from ..kernels import topk as topk_kernels
+from ..kernels.divergence import divergence
+from ..kernels.divergence_grad import divergence_grad
+from ..kernels.expand import expand
+from ..kernels.scan import scan
+from ..kernels.sparse import by_word, sum_words, weigh_words
+from ..kernels.sparse import gather as head_gather
+from . import torch as plain
+from .rules import Finished, GateRule, PositionRule, ReduceRule, RowData, Weights
+from .torch import gather
+
+LONGEST_PAIRED = 512  # beyond it the kernel, which compares entries in pairs, is slower than a sort
+
+__all__ = [
+    "by_word",
+    "divergence",
+    "divergence_grad",
+    "expand",
+    "finish",
+    "gather",
+    "head_gather",
+    "scan",
+    "sum_words",
+    "topk_rows",
+    "topk_support",
+    "valid_rows",
+    "weigh",
+    "weigh_words",
+]
+
+
+def valid_rows(
+    labels: Tensor | None,
+    response_mask: Tensor | None,
+    ignore_index: int,
+    vocab: int,
+    cu_seqlens: Tensor | None,
+    n_rows: int,
+    device: torch.device,
+    check: bool,
+) -> Tensor:
+    """valid [N] bool; two launches at most, unless values are checked."""
+    if check:
+        return plain.valid_rows(
+            labels, response_mask, ignore_index, vocab, cu_seqlens, n_rows, device, check
+        )
+    if labels is None:
+        if response_mask is None:
+            return torch.ones(n_rows, dtype=torch.bool, device=device)
+        return response_mask != 0
+    valid = labels != ignore_index
+    return valid if response_mask is None else valid.logical_and_(response_mask)
+
+
+def weigh(data: RowData, gate: GateRule, given: Tensor | None = None) -> Weights:
+    """See `rules.Weights`."""
+    return Weights(*row_kernels.weigh(data, gate, given))
+
+
+def finish(
+    data: RowData,
+    gate: GateRule,
+    given: Tensor | None,
+    row_weights: Tensor | None,
+    target: Tensor,
+    position: PositionRule,
+    reduce: ReduceRule,
+) -> Finished:
+    """See `rules.Finished`."""
+    return Finished(*row_kernels.finish(data, gate, given, row_weights, target, position, reduce))
+
+
+def topk_support(
+    ids: Tensor, teacher: Tensor, valid: Tensor, vocab: int, check: bool, check_duplicates: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which entries of the lists count; see `torch.topk_support`."""
+    if check or check_duplicates or ids.shape[1] > LONGEST_PAIRED:
+        return plain.topk_support(ids, teacher, valid, vocab, check, check_duplicates)
+    found: tuple[Tensor, Tensor, Tensor] = topk_kernels.topk_support(ids, teacher, valid)
+    return found
+
+
+def topk_rows(
+    scores: Tensor,
+    log_probs: Tensor | None,
+    teacher: Tensor,
+    present: Tensor,
+    valid: Tensor,
+    direction: str,
+    support: str,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """The divergence over the lists; see `torch.topk_rows`."""
+    run = topk_kernels.topk_rows
+    if scores.shape[1] > topk_kernels.LONGEST:
+        run = plain.topk_rows
+    found: tuple[Tensor, Tensor] = run(
+        scores, log_probs, teacher, present, valid, direction, support, beta
+    )
+    return found

@@ -1,0 +1,47 @@
+"""Logits of an LM head, as eager code makes them, all at once.
+
+z = logit_scale * cap(hidden W^T + bias), where cap(x) = softcap * tanh(x / softcap).
+"""
+
+import torch
+from torch import Tensor
+
+from ..options import Head, as_head
+from .vocabulary import Student, accumulation_dtype
+
+
+def head_logits(hidden: Tensor, head: Head) -> Tensor:
+    """[..., V] of hidden [..., H]; the product is rounded to the head's dtype.
+
+    A wider bias is added to the rounded product, in its own dtype.
+    """
+    rows = hidden.flatten(0, -2)  # one product of two matrices, whatever the shape of the batch
+    weight, bias = head.weight, head.bias
+    cast = torch.is_autocast_enabled(rows.device.type)  # all three
+    if bias is None or bias.dtype == weight.dtype or cast:
+        z = torch.nn.functional.linear(rows, weight, bias)
+    else:
+        z = torch.nn.functional.linear(rows, weight) + bias
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    z = z.to(accumulation_dtype(z)) * head.logit_scale
+    return z.view(*hidden.shape[:-1], head.weight.shape[0])
+
+
+def from_head(hidden_states: Tensor, head: Head | Tensor) -> Student:
+    """The student of hidden states [..., H] and a head.
+
+    Rows that are not live take part in no product that is differentiated: 0 times what they hold
+    may be NaN.
+    """
+    head = as_head(head)
+
+    def logits(valid: Tensor, live: Tensor) -> Tensor:
+        z = head_logits(torch.where(live[..., None], hidden_states, 0), head)
+        if (valid & ~live).any():
+            still = head_logits(torch.where(valid[..., None], hidden_states, 0), head).detach()
+            z = torch.where(live[..., None], z, still)
+        return torch.where(valid[..., None], z, 0)
+
+    shape, dtype = hidden_states.shape[:-1], accumulation_dtype(hidden_states)
+    return Student(shape, dtype, hidden_states.device, logits)
