@@ -42,6 +42,16 @@ FOUND = {
         "no gate": True,
         "strided old_log_probs": True,
     },
+    "labels that are a column were read as if contiguous, in the backward": {
+        "function": "token_log_probs",
+        "rows": 2,
+        "strided row data": True,
+    },
+    "and of a head": {
+        "function": "linear_token_log_probs",
+        "rows": 2,
+        "strided row data": True,
+    },
     "metrics of NaN weights": {"function": "opd_loss", "special": "-inf row"},
     "a NaN counted as clipped": {
         "function": "opd_loss",

@@ -129,8 +129,9 @@ def _backward(
     if grads[0] is None:
         return [None, None, None]
     beta = grads[0].reshape(-1, 1).contiguous()
+    words = arguments.flat(x.labels)[:, None]
     sums = expand_head(
-        passes_of(x.backend), x.backend, _head(x), x.labels.reshape(-1, 1), outputs[2],
+        passes_of(x.backend), x.backend, _head(x), words, outputs[2],
         -beta[:, 0], beta, Needs(*needs),
     )  # fmt: skip
     return hand_out(x, sums, None, None, needs)

@@ -133,7 +133,7 @@ def _backward(
         expand(
             x.backend,
             x.logits,
-            x.labels.reshape(-1, 1),
+            arguments.flat(x.labels)[:, None],
             maximum,
             log_sum,
             gathered,
