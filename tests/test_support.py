@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+import triton
 from conftest import KERNELS
 from support import toy_kernels
 from support.compile_check import TARGETS, Report, check, report
@@ -202,6 +205,19 @@ def test_compile_only_inside_a_checked_run(kernels_on_cpu: torch.device) -> None
     assert report(launches[0].kernel).registers > 0
     out = launch_row_sum(x.to(kernels_on_cpu))
     assert out.tolist() == [20, 20, 20]
+
+
+@compiles
+def test_a_checked_run_after_a_compilation_for_amd(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    x, out = torch.ones(3, 20), torch.empty(3)
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)  # nothing of it was compiled before
+        with compile_only("gfx942"):
+            toy_kernels.row_sum[(3,)](x, out, 20, 20, BLOCK=128)  # a block of this test alone
+        device = request.getfixturevalue("kernels_on_cpu")
+        assert launch_row_sum(x.to(device)).tolist() == [20, 20, 20]
 
 
 @compiles

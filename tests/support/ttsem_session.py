@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import triton
-from ttsem import harness
+from triton._C.libtriton import ir
+from ttsem import harness, mlir
 from ttsem._fakedriver import unstub_torch_cuda
 from ttsem.memory import Memory, MemoryFault
 from ttsem.sanitize import KernelFault as TtsemFault
@@ -34,6 +35,7 @@ def run_kernels_on_cpu() -> Iterator[Session]:
     of another argument, races between the lanes of one program across operations, and what happens
     below TTIR (layouts, shared memory, barriers). Locks made of atomics are reported as races.
     """
+    _print_generic_ir()
     driver = triton.runtime.driver
     previous = driver._active  # the session leaves its own behind
     try:
@@ -44,6 +46,25 @@ def run_kernels_on_cpu() -> Iterator[Session]:
     finally:
         driver._active = previous
     assert state.races_unchecked == 0, "a launch too large for the race check: use a smaller shape"
+
+
+def _print_generic_ir() -> None:
+    """Have Triton print the form of IR that ttsem reads.
+
+    ttsem asks for it once a process, but a compilation for an AMD GPU links in this process, and
+    the linker sets every option of LLVM back.
+    """
+    if _prints_generic_ir():
+        return
+    mlir._generic_printing_enabled[0] = False
+    mlir.enable_generic_printing()
+    assert _prints_generic_ir(), "Triton does not print IR in the generic form"
+
+
+def _prints_generic_ir() -> bool:
+    context = ir.context()
+    ir.load_dialects(context)
+    return '"builtin.module"' in str(ir.builder(context).create_module())
 
 
 class _OutsideElements(MemoryFault):
