@@ -77,7 +77,7 @@ def walk(
         nothing = plan(work.head, Needs(False, False, False), False).empty(work.valid.device)
         return Walked(done, nothing, torch.ones_like(done.loss))
     many = len(work.valid) > size
-    splits = rows.gate.normalize != "sequence" and not rows.context and not per_unit
+    splits = splits_by_chunk(rows, per_unit)
     sums = Sums(work.head, work.needs, splits, work.backend)
     leaders = block_leaders(work) if many and splits else None
     parts = parts_of(work, leaders) if many else parts_of(work)
@@ -92,6 +92,11 @@ def walk(
     for at in parts:
         loss.values(at)
     return _with_known_weights(work, loss, sums, finish(loss.results), parts, again=True)
+
+
+def splits_by_chunk(rows: RowInputs, per_unit: bool) -> bool:
+    """Whether the gates can be formed chunk by chunk, up to a number known at the end."""
+    return rows.gate.normalize != "sequence" and not rows.context and not per_unit
 
 
 def gradients_anew(work: Work, loss: ChunkLoss, upstream: Tensor) -> tuple[Tensor, ...]:

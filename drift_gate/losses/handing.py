@@ -9,7 +9,9 @@ from torch import Tensor
 from ..call.gradients import overwritten, row_gradient
 from ..head.check import HeadInputs
 from ..head.sums import Needs, finish_sums, plan
+from ..head.walk import Work, splits_by_chunk
 from ..parallel.ranks import sum_gradient
+from ..passes.backends import passes_of
 from ..passes.rules import COEFFICIENT, SLOPE, TOKEN_LOSS
 
 LEAVES = "hidden", "weight", "bias"
@@ -20,6 +22,16 @@ def needs_of(*leaves: Tensor | None) -> Needs:
     """Whether autograd will ask for the gradients of hidden states, weight and bias."""
     asked = torch.is_grad_enabled()
     return Needs(*[asked and x is not None and x.requires_grad for x in leaves])
+
+
+def head_inputs(x: Any) -> HeadInputs:
+    """The head of an op's inputs."""
+    return HeadInputs(x.hidden, x.weight, x.bias, x.rule, x.shard)
+
+
+def work_of(x: Any, valid: Tensor, whole: bool, needs: Needs) -> Work:
+    """What a walk over the rows of an op's inputs is over."""
+    return Work(passes_of(x.backend), x.backend, head_inputs(x), x.rows, valid, whole, needs)
 
 
 def upstream_of(table: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
@@ -52,6 +64,13 @@ def hand_out(
     return sum_over_shards(x, grads, needs)
 
 
+def hand_out_kept(
+    x: Any, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
+) -> list[Tensor | None]:
+    """The backward of an op whose last outputs are the sums and their factor."""
+    return hand_out(x, outputs[-5:-1], outputs[-1], grads[0], needs)
+
+
 def sum_over_shards(
     x: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -62,16 +81,12 @@ def sum_over_shards(
     return found
 
 
-def empty_sums(x: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def empty_sums(x: Any, per_unit: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sums of `head.walk.Walked`, empty."""
-    head = HeadInputs(x.hidden, x.weight, x.bias, x.rule, x.shard)
-    rows = x.rows
+    head, rows = head_inputs(x), x.rows
     if rows.per_token or not any(x.needs):
         shapes = plan(head, Needs(False, False, False), False)
     else:
-        position = getattr(x, "position", None)
-        per_unit = position is not None and position.ratio != "token"
-        splits = rows.gate.normalize != "sequence" and not rows.context and not per_unit
-        shapes = plan(head, x.needs, splits)
+        shapes = plan(head, x.needs, splits_by_chunk(rows, per_unit))
     a, b, c, d = (x.hidden.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
     return a, b, c, d

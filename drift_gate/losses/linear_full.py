@@ -16,7 +16,7 @@ from ..gate import DriftGate
 from ..head.check import HeadInputs, HeadRule, take_head
 from ..head.chunk_losses import Common, WholeVocabulary
 from ..head.sums import Needs
-from ..head.walk import Work, gradients_anew, walk
+from ..head.walk import gradients_anew, walk
 from ..options import Head, Parallel, Reduction, as_head, refuse
 from ..outputs import LossOutput
 from ..parallel.agreement import meeting
@@ -24,7 +24,17 @@ from ..parallel.words import Shard, whole
 from ..passes.backends import passes_of, resolve
 from ..passes.rules import GIVEN, limit_of
 from .full import no_shards, shared_words
-from .handing import LEAVES, SUMS, empty_sums, hand_out, needs_of, upstream_of
+from .handing import (
+    LEAVES,
+    SUMS,
+    empty_sums,
+    hand_out,
+    hand_out_kept,
+    head_inputs,
+    needs_of,
+    upstream_of,
+    work_of,
+)
 
 
 def linear_full_loss(
@@ -195,19 +205,15 @@ def _loss(x: Inputs, run: Any, vocab: int, labels: Tensor | None, entropy: bool)
         x.teacher_hidden, x.teacher_weight, x.teacher_bias, x.teacher_rule,
         whole(x.teacher_weight.shape[0]),
     )  # fmt: skip
-    common = Common(run, _head(x), labels, x.rule.chunk_size, entropy)
+    common = Common(run, head_inputs(x), labels, x.rule.chunk_size, entropy)
     return WholeVocabulary(common, theirs, vocab, x.direction, x.beta)
-
-
-def _head(x: Inputs) -> HeadInputs:
-    return HeadInputs(x.hidden, x.weight, x.bias, x.rule, x.shard)
 
 
 def _forward(x: Inputs) -> Tensors:
     run = passes_of(x.backend)
     valid = valid_rows(run, x.rows, x.labels, x.hidden)
     known = not x.rows.ignores and x.rows.response_mask is None
-    work = Work(run, x.backend, _head(x), x.rows, valid, known, x.needs)
+    work = work_of(x, valid, known, x.needs)
     loss = _loss(x, run, x.vocab, x.labels, x.entropy)
     done, sums, factor = walk(
         work, loss, lambda results: finish(run, x.rows, valid, results[0], results[2], GIVEN)
@@ -218,12 +224,6 @@ def _forward(x: Inputs) -> Tensors:
     )  # fmt: skip
 
 
-def _hand_out(
-    x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
-) -> list[Tensor | None]:
-    return hand_out(x, outputs[7:11], outputs[11], grads[0], needs)
-
-
 def _anew(
     x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
 ) -> list[Tensor | None]:
@@ -231,7 +231,7 @@ def _anew(
     table, valid = outputs[1], outputs[4]
     run = passes_of(x.backend)
     loss = _loss(x, run, x.vocab, None, False)
-    work = Work(run, x.backend, _head(x), x.rows, valid, False, Needs(*needs))
+    work = work_of(x, valid, False, Needs(*needs))
     return hand_out(x, gradients_anew(work, loss, upstream_of(table, grads)), None, None, needs)
 
 
@@ -252,7 +252,7 @@ LINEAR_FULL = Op(
     "linear_full",
     Inputs,
     _forward,
-    _hand_out,
+    hand_out_kept,
     _empty,
     outputs=OUTPUTS,
     grads=1,

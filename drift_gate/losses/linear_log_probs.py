@@ -10,7 +10,7 @@ from ..call.logits import empty_scan
 from ..call.op import Op, Tensors
 from ..call.rows import NEVER
 from ..head import sparse
-from ..head.check import HeadInputs, HeadRule, head_facts, local_head, take_head
+from ..head.check import HeadRule, head_facts, local_head, take_head
 from ..head.scan import check_ids, expand_head, scan_head
 from ..head.sums import Needs
 from ..options import Head, Parallel, check_groups, refuse
@@ -18,7 +18,7 @@ from ..parallel.agreement import meeting
 from ..parallel.words import Shard
 from ..passes.backends import passes_of
 from . import log_probs
-from .handing import LEAVES, hand_out, sum_over_shards
+from .handing import LEAVES, hand_out, head_inputs, sum_over_shards
 
 
 def linear_token_log_probs(
@@ -114,13 +114,9 @@ def _forward(x: LogProbs) -> Tensors:
         labels, None, x.ignore_index, x.shard.total, None, len(labels), labels.device, check
     )
     _, found, _, _, entropy = scan_head(
-        run, _head(x), labels[:, None], valid, x.entropy, x.rule.scan_size
+        run, head_inputs(x), labels[:, None], valid, x.entropy, x.rule.scan_size
     )
     return found.view(x.labels.shape), entropy, valid
-
-
-def _head(x: Any) -> HeadInputs:
-    return HeadInputs(x.hidden, x.weight, x.bias, x.rule, x.shard)
 
 
 def _backward(
@@ -131,7 +127,7 @@ def _backward(
     beta = grads[0].reshape(-1, 1).contiguous()
     words = arguments.flat(x.labels)[:, None]
     sums = expand_head(
-        passes_of(x.backend), x.backend, _head(x), words, outputs[2],
+        passes_of(x.backend), x.backend, head_inputs(x), words, outputs[2],
         -beta[:, 0], beta, Needs(*needs),
     )  # fmt: skip
     return hand_out(x, sums, None, None, needs)
@@ -222,7 +218,7 @@ def _forward_lse(x: Listed) -> Tensors:
     ids = x.ids.view(-1, shape[-1])
     check_ids(ids, None, x.shard.total)
     z, _, maximum, log_sum, _ = scan_head(
-        passes_of(x.backend), _head(x), ids, None, False, x.rule.scan_size
+        passes_of(x.backend), head_inputs(x), ids, None, False, x.rule.scan_size
     )
     return z.view(shape), (maximum + log_sum).view(shape[:-1])
 
@@ -238,12 +234,12 @@ def _backward_lse(
             return [None, None, None]
         valid = torch.ones_like(ids[:, 0], dtype=torch.bool)
         z = outputs[0].view(ids.shape)
-        found = sparse.scatter(run, _head(x), ids, valid, z, beta, Needs(*needs))
+        found = sparse.scatter(run, head_inputs(x), ids, valid, z, beta, Needs(*needs))
         return sum_over_shards(x, found, needs)
     alpha = of_lse.reshape(-1).contiguous()
     if beta is None:
         beta = alpha.new_zeros(ids.shape)
-    sums = expand_head(run, x.backend, _head(x), ids, None, alpha, beta, Needs(*needs))
+    sums = expand_head(run, x.backend, head_inputs(x), ids, None, alpha, beta, Needs(*needs))
     return hand_out(x, sums, None, None, needs)
 
 

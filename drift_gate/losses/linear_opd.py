@@ -13,17 +13,26 @@ from ..call.sampled import check_old, position_of, target_of
 from ..call.weighing import empty_finished, finish, valid_rows
 from ..choices import Advantage
 from ..gate import DriftGate
-from ..head.check import HeadInputs, HeadRule, head_facts, local_head, take_head
+from ..head.check import HeadRule, head_facts, local_head, take_head
 from ..head.chunk_losses import Common, SampledToken
 from ..head.sums import Needs
-from ..head.walk import Work, gradients_anew, walk
+from ..head.walk import gradients_anew, walk
 from ..options import Clip, Head, Parallel, Reduction, refuse
 from ..outputs import LossOutput
 from ..parallel.agreement import meeting
 from ..parallel.words import Shard
 from ..passes.backends import passes_of
 from ..passes.rules import PositionRule
-from .handing import LEAVES, SUMS, empty_sums, hand_out, needs_of, upstream_of
+from .handing import (
+    LEAVES,
+    SUMS,
+    empty_sums,
+    hand_out,
+    hand_out_kept,
+    needs_of,
+    upstream_of,
+    work_of,
+)
 
 
 def linear_opd_loss(
@@ -157,22 +166,22 @@ class Inputs(NamedTuple):
     backend: str
 
 
-def _work(x: Inputs, valid: Tensor, whole: bool) -> Work:
-    head = HeadInputs(x.hidden, x.weight, x.bias, x.rule, x.shard)
-    return Work(passes_of(x.backend), x.backend, head, x.rows, valid, whole, x.needs)
+def _per_unit(x: Inputs) -> bool:
+    return x.position.ratio != "token"
 
 
 def _forward(x: Inputs) -> Tensors:
     run = passes_of(x.backend)
     valid = valid_rows(run, x.rows, x.labels, x.hidden)
-    work = _work(x, valid, not x.rows.ignores and x.rows.response_mask is None)
+    known = not x.rows.ignores and x.rows.response_mask is None
+    work = work_of(x, valid, known, x.needs)
     common = Common(run, work.head, x.labels, x.rule.chunk_size, x.entropy)
     loss = SampledToken(common, x.rows.old, x.target, x.position)
     done, sums, factor = walk(
         work,
         loss,
         lambda results: finish(run, x.rows, valid, results[0], x.target, x.position),
-        per_unit=x.position.ratio != "token",
+        per_unit=_per_unit(x),
     )
     log_probs, entropy = loss.results
     return (
@@ -180,18 +189,12 @@ def _forward(x: Inputs) -> Tensors:
     )  # fmt: skip
 
 
-def _hand_out(
-    x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
-) -> list[Tensor | None]:
-    return hand_out(x, outputs[7:11], outputs[11], grads[0], needs)
-
-
 def _anew(
     x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
 ) -> list[Tensor | None]:
     """The logits are made again, where only the backward knows what each row is weighed by."""
     table, valid = outputs[1], outputs[4]
-    work = _work(x, valid, False)._replace(needs=Needs(*needs))
+    work = work_of(x, valid, False, Needs(*needs))
     common = Common(work.run, work.head, x.labels, x.rule.chunk_size, False)
     loss = SampledToken(common, None, x.labels, x.position)
     sums = gradients_anew(work, loss, upstream_of(table, grads))
@@ -203,7 +206,7 @@ def _empty(x: Inputs) -> Tensors:
     n = x.rows.n_rows
     return (
         *empty_finished(x.rows, like), like.new_empty(n, dtype=torch.bool), like.new_empty(n),
-        like.new_empty(n if x.entropy else 0), *empty_sums(x), like.new_empty(()),
+        like.new_empty(n if x.entropy else 0), *empty_sums(x, _per_unit(x)), like.new_empty(()),
     )  # fmt: skip
 
 
@@ -214,7 +217,7 @@ LINEAR_OPD = Op(
     "linear_opd",
     Inputs,
     _forward,
-    _hand_out,
+    hand_out_kept,
     _empty,
     outputs=OUTPUTS,
     grads=1,

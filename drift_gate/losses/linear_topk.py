@@ -24,11 +24,11 @@ from ..call.weighing import empty_finished, finish, valid_rows
 from ..choices import Direction, Support
 from ..gate import DriftGate
 from ..head import sparse
-from ..head.check import HeadInputs, HeadRule, head_facts, local_head, take_head
+from ..head.check import HeadRule, head_facts, local_head, take_head
 from ..head.chunk_losses import Common, ListedWords
 from ..head.scan import scan_head
 from ..head.sums import Needs
-from ..head.walk import Work, gradients_anew, walk
+from ..head.walk import gradients_anew, walk
 from ..options import Head, Parallel, Reduction, refuse
 from ..outputs import LossOutput
 from ..parallel.agreement import meeting
@@ -40,9 +40,12 @@ from .handing import (
     SUMS,
     empty_sums,
     hand_out,
+    hand_out_kept,
+    head_inputs,
     needs_of,
     sum_over_shards,
     upstream_of,
+    work_of,
 )
 from .topk import with_masses
 
@@ -195,10 +198,6 @@ class Inputs(NamedTuple):
     backend: str
 
 
-def _head(x: Inputs) -> HeadInputs:
-    return HeadInputs(x.hidden, x.weight, x.bias, x.rule, x.shard)
-
-
 def _bare(x: Inputs) -> bool:
     """Whether the listed words are all that is read of the head."""
     return not x.entropy and (x.labels is None or x.known is not None)
@@ -206,7 +205,7 @@ def _bare(x: Inputs) -> bool:
 
 def _forward_sparse(x: Inputs) -> Tensors:
     """Scores of the listed words alone have a gradient; a product for the labels' log-probs."""
-    run, head = passes_of(x.backend), _head(x)
+    run, head = passes_of(x.backend), head_inputs(x)
     before = valid_rows(run, x.rows, x.labels, x.hidden)
     words, present, valid, counts = listed(run, x.lists, before, x.rows.vocab, x.rows.check)
     if _bare(x):
@@ -243,7 +242,7 @@ def _backward_sparse(
     table, valid, words, scores, slope = (outputs[i] for i in (1, 4, 8, 9, 10))
     beta = slope * upstream_of(table, grads)[:, None]
     found = sparse.scatter(
-        passes_of(x.backend), _head(x), words, valid, scores, beta, Needs(*needs)
+        passes_of(x.backend), head_inputs(x), words, valid, scores, beta, Needs(*needs)
     )
     return sum_over_shards(x, found, needs)
 
@@ -253,7 +252,7 @@ def _forward(x: Inputs) -> Tensors:
     run = passes_of(x.backend)
     before = valid_rows(run, x.rows, x.labels, x.hidden)
     words, present, valid, counts = listed(run, x.lists, before, x.rows.vocab, x.rows.check)
-    work = Work(run, x.backend, _head(x), x.rows, valid, False, x.needs)
+    work = work_of(x, valid, False, x.needs)
     loss = _loss(x, run, words, present)
     kept: list[Tensor] = []
 
@@ -276,14 +275,8 @@ def _forward(x: Inputs) -> Tensors:
 
 
 def _loss(x: Inputs, run: Any, words: Tensor, present: Tensor) -> ListedWords:
-    common = Common(run, _head(x), x.labels, x.rule.chunk_size, x.entropy)
+    common = Common(run, head_inputs(x), x.labels, x.rule.chunk_size, x.entropy)
     return ListedWords(common, words, x.lists.teacher, present, x.kind)
-
-
-def _hand_out(
-    x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
-) -> list[Tensor | None]:
-    return hand_out(x, outputs[10:14], outputs[14], grads[0], needs)
 
 
 def _anew(
@@ -292,9 +285,9 @@ def _anew(
     """The logits are made again, where only the backward knows what each row is weighed by."""
     table, valid, words, present, teacher = (outputs[i] for i in (1, 4, 8, 9, 15))
     run = passes_of(x.backend)
-    common = Common(run, _head(x), None, x.rule.chunk_size, False)
+    common = Common(run, head_inputs(x), None, x.rule.chunk_size, False)
     loss = ListedWords(common, words, teacher, present, x.kind)
-    work = Work(run, x.backend, _head(x), x.rows, valid, False, Needs(*needs))
+    work = work_of(x, valid, False, Needs(*needs))
     return hand_out(x, gradients_anew(work, loss, upstream_of(table, grads)), None, None, needs)
 
 
@@ -344,7 +337,7 @@ LINEAR_TOPK = Op(
     "linear_topk",
     Inputs,
     _forward,
-    _hand_out,
+    hand_out_kept,
     _empty,
     outputs=(*COMMON, "present", *SUMS, "factor"),
     grads=1,
