@@ -171,10 +171,18 @@ def take_rows(
             shape,
             gate=rule if isinstance(rule, DriftGate) else type(rule).__name__,
             normalizer=normalizer is not None,
-            reduction=(how.mode, how.dp_size, reduce.denominator),
+            reduction=how.mode,
+            dp_size=how.dp_size,
+            batch_num_tokens=how.batch_num_tokens,
+            global_batch_size=how.global_batch_size,
+            loss_scale_factor=how.loss_scale_factor,
             dtype=dtype,
             temperature=temperature,
+            ignore_index=ignore_index,
+            labels=labels is not None,
+            old_log_probs=old_log_probs is not None,
             row_weights=row_weights is not None,
+            position_ids=position_ids is not None,
         )
     ids = None if labels is None else arguments.flat(labels)
     if ranks.reads:  # what a pass would find wrong on one rank while the others wait for it

@@ -119,13 +119,14 @@ def take_head(
     return inputs, student, resolve_for(backend, shard, hidden)
 
 
-def head_facts(head: Head | Tensor, rule: HeadRule) -> dict[str, object]:
-    """What ranks must share of a head, for `Meeting.tell`."""
+def head_facts(name: str, head: Head | Tensor, rule: HeadRule) -> dict[str, object]:
+    """What ranks must share of a head that is an argument of this name, for `Meeting.tell`."""
     head = as_head(head)
     return {
-        "head.softcap": head.softcap,
-        "head.logit_scale": head.logit_scale,
-        "head.chunk_size": rule.chunk_size,
+        f"{name}.bias": head.bias is not None,
+        f"{name}.softcap": head.softcap,
+        f"{name}.logit_scale": head.logit_scale,
+        f"{name}.chunk_size": rule.chunk_size,
     }
 
 

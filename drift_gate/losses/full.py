@@ -113,7 +113,13 @@ def full_loss(
             trains=logits.requires_grad,
         )  # fmt: skip
         if ranks.any:
-            ranks.tell(direction=direction, beta=beta)
+            ranks.tell(
+                direction=direction,
+                beta=beta,
+                teacher_temperature=teacher_temperature,
+                vocab_size=vocab,
+                entropy=return_entropy,
+            )
     if chosen == "reference":
         from .. import reference
 

@@ -13,7 +13,7 @@ from ..call.rows import Gate, RowInputs, Student, take_rows
 from ..call.weighing import empty_finished, finish, valid_rows
 from ..choices import FULL_DIRECTIONS, FullDirection
 from ..gate import DriftGate
-from ..head.check import HeadInputs, HeadRule, take_head
+from ..head.check import HeadInputs, HeadRule, head_facts, take_head
 from ..head.chunk_losses import Common, WholeVocabulary
 from ..head.sums import Needs
 from ..head.walk import gradients_anew, walk
@@ -105,7 +105,15 @@ def linear_full_loss(
             trains=any(needs_of(*inputs[:3])),
         )  # fmt: skip
         if ranks.any:
-            ranks.tell(direction=direction, beta=beta)
+            ranks.tell(
+                direction=direction,
+                beta=beta,
+                teacher_temperature=teacher_temperature,
+                vocab_size=student.vocab,
+                entropy=return_entropy,
+                **head_facts("head", head, inputs.rule),
+                **head_facts("teacher_head", teacher_head, theirs.rule),
+            )
     if chosen == "reference":
         from .. import reference
 

@@ -77,8 +77,13 @@ def linear_token_log_probs(
         arguments.integer("labels", labels)
         arguments.like("labels", labels, student.shape, student.device, student.of)
         if ranks.any:
-            facts = head_facts(head, inputs.rule)
-            ranks.tell(labels.shape, temperature=temperature, entropy=return_entropy, **facts)
+            ranks.tell(
+                labels.shape,
+                temperature=temperature,
+                ignore_index=ignore_index,
+                entropy=return_entropy,
+                **head_facts("head", head, inputs.rule),
+            )
     if chosen == "reference":
         from .. import reference
 
@@ -190,7 +195,7 @@ def linear_gather_lse(
             ids, student.shape, student.device, student.vocab, "hidden_states with K for H"
         )
         if ranks.any:
-            ranks.tell(ids.shape, temperature=temperature, **head_facts(head, inputs.rule))
+            ranks.tell(ids.shape, temperature=temperature, **head_facts("head", head, inputs.rule))
     if chosen == "reference":
         from .. import reference
 

@@ -112,7 +112,9 @@ def linear_opd_loss(
         target = target_of(student, estimator, old_log_probs, teacher_log_probs, advantages)
         if ranks.any:
             ranks.tell(
-                **position._asdict(), entropy=return_entropy, **head_facts(head, inputs.rule)
+                **position._asdict(),
+                entropy=return_entropy,
+                **head_facts("head", head, inputs.rule),
             )
     if chosen == "reference":
         from .. import reference

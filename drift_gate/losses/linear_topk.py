@@ -126,8 +126,10 @@ def linear_topk_loss(
             ranks.tell(
                 **kind._asdict(),
                 entropy=return_entropy,
-                **head_facts(head, inputs.rule),
+                **head_facts("head", head, inputs.rule),
                 log_probs=known is not None,
+                ignore_unknown_ids=ignore_unknown_ids,
+                words_of_a_row=lists.ids.shape[1] if inputs.shard.group else None,
             )
             check_lists(ranks, call, lists)
     if chosen == "reference":

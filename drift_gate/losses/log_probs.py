@@ -71,7 +71,12 @@ def token_log_probs(
         arguments.number("temperature", temperature, 0)
         chosen = resolve_for(backend, shard, logits)
         if ranks.any:
-            ranks.tell(labels.shape, temperature=temperature, entropy=return_entropy)
+            ranks.tell(
+                labels.shape,
+                temperature=temperature,
+                ignore_index=ignore_index,
+                entropy=return_entropy,
+            )
     if chosen == "reference":
         from .. import reference
 

@@ -129,7 +129,12 @@ def topk_loss(
             ignore_unknown_ids=ignore_unknown_ids, validate=validate,
         )  # fmt: skip
         if ranks.any:
-            ranks.tell(**kind._asdict(), entropy=return_entropy)
+            ranks.tell(
+                **kind._asdict(),
+                entropy=return_entropy,
+                ignore_unknown_ids=ignore_unknown_ids,
+                words_of_a_row=lists.ids.shape[1] if shard.group else None,
+            )
             check_lists(ranks, call, lists)
     if chosen == "reference":
         from .. import reference

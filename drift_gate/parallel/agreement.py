@@ -8,6 +8,7 @@ GPU it takes place with `validate=True` only; otherwise the groups' own timeout 
 from __future__ import annotations
 
 import hashlib
+import numbers
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -54,9 +55,9 @@ class Meeting:
 
     def tell(self, shape: Sequence[int] | None = None, /, **facts: object) -> None:
         """What the ranks must share; the shape only those that work on the same rows."""
-        if self.device is not None:
+        if self.reads:
             self.shape = self.shape if shape is None else str(list(shape))
-            self.facts.update({name: str(value) for name, value in facts.items()})
+            self.facts.update({name: _written(value) for name, value in facts.items()})
 
     def __enter__(self) -> Meeting:
         return self
@@ -70,12 +71,14 @@ class Meeting:
         if not self.reads:
             return
         trouble: Exception | None = None
+        heard: set[str] = set()
         for argument, group in self.names.items():
-            if group:
+            if group and group not in heard:
                 cause = trouble or error  # every group must hear of it, not the first alone
                 failure = None if cause is None else f"{type(cause).__name__}: {cause}"
                 found = self._meet(argument, group, failure)
                 trouble = trouble or found
+                heard |= {group} if found else set()  # its ranks need not meet in another role
         if trouble is not None and error is None:
             raise trouble
 
@@ -94,6 +97,15 @@ class Meeting:
                 stops = f"rank {rank_in(group)} stops, because rank {rank} of {argument} failed"
                 return RuntimeError(f"{stops}: {failed}")
         return ValueError(f"{argument}: " + _difference([facts for facts, _ in all_facts]))
+
+
+def _written(value: object) -> str:
+    """A fact in words: a number is the same as a tensor of it, whatever its type."""
+    if isinstance(value, Tensor):
+        value = value.item()
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        value = float(value)
+    return str(value)
 
 
 def _digest(facts: Facts) -> int:
