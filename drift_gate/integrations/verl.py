@@ -1,13 +1,14 @@
-"""verl: gated losses in its registry of distillation losses.
+"""verl: gated losses in its registries of distillation losses and of policy losses.
 
 Set VERL_USE_EXTERNAL_MODULES=drift_gate.integrations.verl for every process, and choose one of the
-names that `register` has bound below as `distillation.distillation_loss.loss_mode`. A module of
-one's own that calls `register` can be named there instead.
+names that are bound below: those of `register` as `distillation.distillation_loss.loss_mode`, those
+of `register_policy` as `actor.policy_loss.loss_mode`. A module of one's own that calls either can
+be named there instead.
 
-verl sees a loss twice. As logits processor it gets the packed logits of a micro-batch and returns
-a number for each row; as final loss it gets whole sequences, and so the gate belongs there. verl's
-top-K computation is forward KL whatever the mode: `compute_topk_loss` replaces it for the names
-registered here.
+verl sees a distillation loss twice. As logits processor it gets the packed logits of a micro-batch
+and returns a number for each row; as final loss it gets whole sequences, and so the gate belongs
+there. verl's top-K computation is forward KL whatever the mode: `compute_topk_loss` replaces it for
+the names registered here.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .. import DriftGate, gate_weights, gather_lse, newline_spans
 from ..call import lists
-from ..call.arguments import option
+from ..call.arguments import option, wrong_type
 from ..passes.backends import passes_of, resolve
 from . import unusable
 
@@ -26,17 +27,19 @@ WANTED = "0.9"
 
 try:
     import verl.trainer.distillation.losses as losses
-    from verl.trainer.ppo.core_algos import kl_penalty
+    from verl.trainer.ppo import core_algos
     from verl.utils.metric import AggregationType, Metric
     from verl.utils.ulysses import get_ulysses_sequence_parallel_world_size, slice_input_tensor
     from verl.workers.utils.padding import no_padding_2_padding
 
     stock_topk_loss = losses.compute_topk_loss
     register_loss, Settings = losses.register_distillation_loss, losses.DistillationLossSettings
+    register_policy_loss, kl_penalty = core_algos.register_policy_loss, core_algos.kl_penalty
 except (ImportError, AttributeError) as reason:
     raise unusable("verl", WANTED, reason) from reason
 
 ESTIMATORS = ("opd", "k1", "k2", "k3")
+POLICY_LOSSES = ("vanilla", "gspo", "cispo")
 STRATEGIES = ("fsdp", "fsdp2", "veomni")  # logits with the whole vocabulary
 LOG_PROBS = "drift_gate_log_probs"
 
@@ -85,6 +88,34 @@ def register(
     register_loss(Settings(names=[name], use_topk=topk, use_estimator=not topk))(final)
     if not isinstance(loss, str):
         MODES[name] = loss
+
+
+def register_policy(name: str, loss: str, *, gate: DriftGate = DriftGate()) -> None:  # noqa: B008
+    """Bind a gated policy loss to an `actor.policy_loss.loss_mode`, in every process of verl.
+
+    It is verl's own function of that name, called with the gate's weights times verl's
+    `rollout_is_weights` in the place of these: they multiply the position losses after every clip.
+
+    Args:
+        name: the mode; verl must not have it.
+        loss: "vanilla" (PPO), "gspo" or "cispo", as verl has them.
+        gate: of each micro-batch, whose weights have unit mean. Not of granularity "span": policy
+            losses see no words.
+
+    Raises:
+        ValueError, TypeError: an option is unknown, or the name is taken.
+    """
+    option("loss", loss, POLICY_LOSSES)
+    if not isinstance(gate, DriftGate):
+        wrong_type("gate", gate, f"a DriftGate ({loss!r} is verl's ungated loss)")
+    if gate.granularity == "span":
+        raise ValueError(
+            "gate granularity must be one of block, token, sequence in a policy loss, which does "
+            'not see the words that end a span; got "span"'
+        )
+    if name in core_algos.POLICY_LOSS_REGISTRY:
+        raise ValueError(f"Policy loss {name} already registered.")
+    register_policy_loss(name)(_policy(core_algos.get_policy_loss_fn(loss), gate))
 
 
 def compute_topk_loss(
@@ -222,6 +253,38 @@ def _final(loss: str | Kind, gate: DriftGate | None, newline_ids: list[int]) -> 
     return final
 
 
+def _policy(stock: Callable[..., Any], gate: DriftGate) -> Callable[..., Any]:
+    """One of verl's policy losses, its positions weighed by the gate."""
+
+    def policy(
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        gated = gate_weights(log_prob.detach(), old_log_prob, gate, response_mask=response_mask)
+        weights = gated.weights
+        if rollout_is_weights is not None:
+            weights = weights * rollout_is_weights
+        loss, metrics = stock(
+            old_log_prob=old_log_prob,
+            log_prob=log_prob,
+            advantages=advantages,
+            response_mask=response_mask,
+            loss_agg_mode=loss_agg_mode,
+            config=config,
+            rollout_is_weights=weights,
+        )
+        values = torch.stack(list(gated.metrics.values())).tolist()
+        named = zip(gated.metrics, values, strict=True)
+        return loss, metrics | {f"actor/{name}": value for name, value in named}
+
+    return policy
+
+
 def _padded(x: Tensor, filling: float) -> Tensor:
     """[B, T] of a padded or a jagged tensor."""
     return torch.nested.to_padded_tensor(x, filling) if x.is_nested else x
@@ -237,3 +300,5 @@ for estimator in ESTIMATORS:
 register("gated_lsm", Kind("reverse", "renormalized", 0.5))
 register("gated_forward_kl_topk", Kind("forward", "truncated", 0.5))
 register("gated_reverse_kl_topk", Kind("reverse", "tail", 0.5))
+for policy_loss in POLICY_LOSSES:
+    register_policy(f"gated_{policy_loss}", policy_loss)
