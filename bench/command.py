@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import compare, growth, record, report
 from .harness import UNREACHED
 from .measure import device_name
+from .names import STEP
 from .record import Result
 
 SUITES = Path(__file__).with_name("suites")
@@ -89,7 +90,8 @@ def show(console: Console, path: Path, plots: bool) -> None:
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()))
     for table in report.tables(results, console.width):
         console.print(table, "")
-    console.print(report.LEGEND, style="dim")
+    if any(r.suite != STEP for r in results):
+        console.print(report.LEGEND, style="dim")
     for one in growth.found_in(results):
         console.print(report.grown(one))
     console.print(f"written to {path}", soft_wrap=True)

@@ -106,7 +106,7 @@ def _cached(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _forget(device: torch.device) -> None:
+def forget(device: torch.device) -> None:
     """Free what earlier runs left in cycles, and what the allocator keeps."""
     gc.collect()
     if device.type == "cuda":
@@ -122,6 +122,7 @@ def input_bytes(case: Case) -> int:
     return 2 * logits + (1 << 30) if logits > 1 << 26 else 0
 
 
+OUT_OF_MEMORY = "out of memory"
 CUT = "the run ended before its turn"
 UNREACHED = "the time budget does not reach so far (--budget)"
 
@@ -166,10 +167,10 @@ def measure(
         except Exception as error:  # what a peer may raise is not known
             if not implementation.may_fail and not isinstance(error, LEAVES_OUT):
                 raise
-            result.left_out = _reason(error)
+            result.left_out = reason_of(error)
         finally:
             leaves.restore()
-            _forget(device)
+            forget(device)
         keep(results)
     pause = PAUSE if case.hidden and device.type == "cuda" else 0.0
     for times in timing.interleaved(runs, device, bounds.rounds, bounds.end, pause):
@@ -189,12 +190,12 @@ PAUSE = 0.1  # seconds before each run of a round with products, on a GPU
 DEVICE_SAMPLES = 3  # of those whose graph would take memory from the others during the rounds
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Why somebody is left out, in a line."""
     if isinstance(error, LeftOut):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
+        return OUT_OF_MEMORY
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"
 
@@ -266,7 +267,7 @@ def _inputs(suite: Suite, case: Case, device: torch.device) -> Work:
     gc.unfreeze()
     if key not in _LAST:
         _LAST.clear()
-    _forget(device)
+    forget(device)
     if key not in _LAST:
         if (needed := input_bytes(case)) > free_bytes(device):
             raise LeftOut(_memory(needed, device))
@@ -284,7 +285,15 @@ def _environment(device: torch.device) -> tuple[tuple[str, Any], ...]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = environment(device)
-    packages = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "veomni", "verl")
+    packages = (
+        "triton",
+        "transformers",
+        "trl",
+        "liger-kernel",
+        "cut-cross-entropy",
+        "veomni",
+        "verl",
+    )
     for package in (*packages, "quack-kernels"):
         try:
             found[package] = version(package)

@@ -6,4 +6,6 @@ OURS = "drift_gate"  # and what starts with it
 INPLACE = "drift_gate, in place"
 GEMM, GEMMS = "bare GEMM", "bare GEMMs"
 HOST = "host"  # the suite of host times
+STEP = "train_step"  # the suite of whole training steps
+LAYERS = "the layers alone"  # and what is left of one without a loss
 UNIT = "torch cross_entropy"  # and what they are measured in

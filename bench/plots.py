@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from . import growth
+from . import growth, step_report
 from .measure import slug
 from .record import Result
 from .verdict import sound
@@ -46,8 +46,11 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
 
 def draw(results: list[Result], path: Path) -> list[Path]:
     """Draw everything that the results support, beside `path`; the files written."""
-    timed = [r for r in sound(results) if r.host is None]
+    timed = [r for r in sound(results) if r.host is None and r.step is None]
     written = []
+    for steps in step_report.found_in(results):
+        name = f"{path.stem}_train-step_{slug(steps.model)}.png"
+        written.append(save(step_report.picture(steps), path.with_name(name)))
     for suite in dict.fromkeys(r.suite for r in timed):
         mine = [r for r in timed if r.suite == suite]
         look, groups = styles(dict.fromkeys(r.implementation for r in mine)), by_work(mine)
@@ -76,7 +79,10 @@ def draw(results: list[Result], path: Path) -> list[Path]:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    """Written alike from the same results, whatever the day."""
+    with matplotlib.rc_context({"svg.hashsalt": "drift_gate"}):
+        nameless = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(path, dpi=130, bbox_inches="tight", metadata=nameless)
     pyplot.close(figure)
     return path
 

@@ -1,10 +1,11 @@
-"""Write the README's tables from the committed results: `make readme-table`. Nothing is typed."""
+"""Write the README's tables and pictures from the committed results: `make readme-table`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from . import growth, targets
+from . import growth, step_report, targets
+from .plots import save
 from .record import Result, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,7 +15,20 @@ BEGIN, END = "<!-- figures: make readme-table -->", "<!-- end of figures -->"
 
 def figures(results: list[Result]) -> str:
     """What stands between the README's marks."""
-    return "\n".join([*targets.tables(results), *growth.markdown(results)])
+    return "\n".join(
+        [*targets.tables(results), *growth.markdown(results), *step_report.markdown(results)]
+    )
+
+
+def pictures(results: list[Result]) -> list[Path]:
+    """docs/train_step_gpu.svg and _cpu.svg: the first model that each kind of device has."""
+    written: dict[str, Path] = {}
+    for steps in step_report.found_in(results):
+        kind = "gpu" if "cuda" in steps.machine else "cpu"
+        if kind not in written:
+            path = ROOT / "docs" / f"train_step_{kind}.svg"
+            written[kind] = save(step_report.picture(steps), path)
+    return list(written.values())
 
 
 def main() -> None:
@@ -22,6 +36,7 @@ def main() -> None:
     before, rest = readme.read_text().split(BEGIN)
     _, after = rest.split(END)
     results = read(RESULTS) if RESULTS.exists() else []
+    pictures(results)
     readme.write_text(f"{before}{BEGIN}\n{figures(results)}{END}{after}")
 
 

@@ -40,6 +40,7 @@ class Result:
     device_seconds: list[float] = dataclasses.field(default_factory=list)  # on a GPU
     device_by: str | None = None  # how: see device_time.py
     host: dict[str, int] | None = None  # of the suite host: what a call does, see host.py
+    step: dict[str, float] | None = None  # of the suite train_step: its peak, see train_step.py
     extra_ratio: float | None = None
     errors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 

@@ -8,9 +8,10 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from . import step_report
 from .compare import Change
 from .growth import Growth, cells
-from .names import HOST
+from .names import HOST, STEP
 from .record import Result
 from .verdict import verdicts
 
@@ -59,6 +60,9 @@ def tables(results: Iterable[Result], width: int) -> Iterator[Table]:
     for result in results:
         cases.setdefault((result.suite, result.size), []).append(result)
     for (suite, case), found in cases.items():
+        if suite == STEP:
+            yield from map(step_report.table, step_report.found_in(found))
+            continue
         if suite == HOST:
             yield host_table(f"{suite}: {case}", found)
             continue

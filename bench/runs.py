@@ -41,9 +41,15 @@ def compiled(function: Callable) -> Callable:
     Raises:
         LeftOut: the environment turns the compiler off.
     """
+    found = compiled_too(function)
+    torch._dynamo.reset()
+    return found
+
+
+def compiled_too(function: Callable) -> Callable:
+    """The same, beside what was compiled before."""
     if os.environ.get("TORCHDYNAMO_DISABLE", "0") == "1":
         raise LeftOut("TORCHDYNAMO_DISABLE is set")
-    torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
 
 

@@ -37,6 +37,13 @@ def lines(results: list[Result]) -> list[str]:
                 f"  {r.implementation:42} {median:.4g} ms, {ratio} of {r.baseline}, {counts}"
             )
             continue
+        if r.step is not None:
+            peak, held = (r.step[key] / (1 << 30) for key in ("peak_bytes", "held_bytes"))
+            found.append(
+                f"  {r.implementation:42} {median:.5g} ms ({low:.5g}-{high:.5g}), {ratio} of "
+                f"{r.baseline}, peak {peak:.4g} GiB, {held:.4g} of them model and batch"
+            )
+            continue
         gemm = "" if r.fraction_of_gemm is None else f", {r.fraction_of_gemm:.3f} of GEMM rate"
         errors = ", ".join(
             f"{name} {e['max'] / (e['scale'] or 1):.1e}" for name, e in r.errors.items()

@@ -14,7 +14,7 @@ from types import FrameType
 
 import pytest
 import torch
-from drift_gate.bench import record, timing
+from drift_gate.bench import record, timing, train_step
 from drift_gate.bench.bounds import Bounds
 from drift_gate.bench.cases import GRIDS, Case
 from drift_gate.bench.harness import UNREACHED, Implementation, Suite
@@ -24,8 +24,8 @@ from drift_gate.bench.record import Result
 from drift_gate.bench.replay import CLOCK
 
 WRITTEN = 2.0  # seconds between two writes; one more comes at the end, however it comes
-AnySuite = Suite | HostSuite
-Measured = tuple[AnySuite, Case, Implementation | Entry]
+AnySuite = Suite | HostSuite | train_step.StepSuite
+Measured = tuple[AnySuite, Case, Implementation | Entry | train_step.Entry]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
