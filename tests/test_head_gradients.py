@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from drift_gate import linear_opd_loss, linear_topk_loss
 from drift_gate.head.check import HeadInputs, HeadRule, chunk_sizes
-from drift_gate.head.chunks import chunks
+from drift_gate.head.chunks import TILE, all_rows, chunks, regular_ends
 from drift_gate.head.sums import Needs, Sums, finish_sums, plan
 from drift_gate.parallel.words import whole
 
@@ -116,6 +116,32 @@ def test_chunks_hold_whole_blocks_of_valid_rows():
             assert all(len(torch.arange(90)[part]) <= size for part in parts)
     assert chunks(torch.ones(90, dtype=torch.bool), 6, torch.arange(90) // 7 * 7) is None
     assert chunks(torch.zeros(9, dtype=torch.bool), 6, torch.full((9,), -1)) == []
+
+
+def lengths(parts: list[slice]) -> list[int]:
+    return [part.stop - part.start for part in parts]
+
+
+def test_chunks_are_few_and_alike_and_whole_tiles():
+    assert lengths(all_rows(8192, 2208)) == [2048] * 4
+    assert lengths(all_rows(65_536, 8192)) == [8192] * 8
+    assert lengths(all_rows(9000, 2208)) == [2048] * 4 + [808]
+    assert lengths(all_rows(100, 40)) == [40, 40, 20]
+    for n in (0, 1, 300, 4097):
+        for size in (7, TILE, 1000):
+            parts = all_rows(n, size)
+            assert sum(lengths(parts)) == n and len(parts) == -(-n // size)
+            assert all(0 < rows <= size for rows in lengths(parts))
+
+
+def test_ends_of_regular_blocks_are_known_beforehand():
+    """The same chunks as from the device's answer."""
+    for n, length, block in ((90, 30, 7), (64, 64, 8), (60, 20, 20)):
+        rows = torch.arange(n)
+        leaders = rows // length * length + rows % length // block * block
+        for size in (8, 20, 33):
+            known = all_rows(n, size, regular_ends(n, length, block))
+            assert known == chunks(torch.ones(n, dtype=torch.bool), size, leaders)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

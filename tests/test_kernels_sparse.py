@@ -171,3 +171,27 @@ def test_lists_need_no_dense_product(kernels_on_cpu):
         for leaf, grad in zip(leaves, truth, strict=False):
             if known is None:
                 torch.testing.assert_close(leaf.grad.cpu().double(), grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("support", ["renormalized", "truncated", "tail"])
+@pytest.mark.parametrize("granularity", ["block", "token"])
+def test_lists_without_support_where_no_row_is_masked(kernels_on_cpu, support, granularity):
+    """Which rows these are the host does not know: they are worked on, and count as masked ones."""
+    problem = draw_head("topk", 2, 14, vocab=40, softcap=6.0)
+    without = torch.zeros(2, 14, dtype=torch.bool)
+    without[0, :2] = without[1, 5] = True
+    row_weights = torch.rand(2, 14, generator=torch.Generator().manual_seed(0))
+    options = dict(support=support, gate=DriftGate(granularity, block_size=4), chunk_size=16)
+    options |= dict(ignore_index=None, row_weights=row_weights)
+    wide = problem.to(torch.float64)
+    expected, truth = run_head(wide, "reference", response_mask=~without, **options)
+    problem.hidden[without] = torch.nan
+    problem.rest[3][without] = -torch.inf
+    options["row_weights"] = row_weights.to(kernels_on_cpu)
+    got, grads = run_head(problem.to(kernels_on_cpu), "triton", **options)
+    for name in ("loss", "token_loss", "log_probs", "entropy", "gate"):
+        torch.testing.assert_close(
+            getattr(got, name).cpu().double(), getattr(expected, name), rtol=1e-4, atol=1e-5
+        )
+    for grad, right in zip(grads, truth, strict=True):
+        torch.testing.assert_close(grad.cpu().double(), right, rtol=1e-3, atol=1e-5)

@@ -10,12 +10,13 @@ from ..call.logits import resolve_for
 from ..call.rows import Student
 from ..options import Head, Parallel, as_head, as_parallel
 from ..parallel.words import Shard, local_words, unwrap_words, whole
+from .chunks import TILE
 
 READ_BYTES = 56 << 20  # of logits that are only read, on a CPU
 SMALL_BYTES = 4 << 20  # of logits, that a small vocabulary may have at a time on a CPU
 CPU_BYTES = 160 << 20  # of logits on a CPU,
-GPU_BYTES = 2400 << 20  # and elsewhere: 8,280 rows of 151,936 words in bfloat16,
-GPU_READ_BYTES = 640 << 20  # or 2,208 where they are only read
+GPU_BYTES = 2400 << 20  # and elsewhere: 8,192 rows of 151,936 words in bfloat16,
+GPU_READ_BYTES = 640 << 20  # or 2,048 where they are only read
 
 
 class HeadRule(NamedTuple):
@@ -182,8 +183,12 @@ def chunk_sizes(name: str, asked: int | None, weight: Tensor, words: int) -> tup
         return size, size
     row = words * weight.itemsize
     if weight.device.type != "cpu":
-        rows, read = (max(64, size // row // 64 * 64) for size in (GPU_BYTES, GPU_READ_BYTES))
-        return rows, read
+        return _whole_tiles(GPU_BYTES // row), _whole_tiles(GPU_READ_BYTES // row)
     most = max(512, SMALL_BYTES // row)
     rows = max(64, min(most, CPU_BYTES // row // 64 * 64))
     return rows, max(1, min(rows, READ_BYTES // row))
+
+
+def _whole_tiles(rows: int) -> int:
+    """Rows of as many whole tiles of a product."""
+    return rows // TILE * TILE if rows >= TILE else max(64, rows // 64 * 64)

@@ -76,6 +76,4 @@ def check_ids(ids: Tensor, valid: Tensor | None, vocab: int) -> None:
 
 
 def _parts(valid: Tensor | None, n: int, size: int) -> list[Rows]:
-    if valid is None:
-        return all_rows(n, size)
-    return chunks(valid, size) or []
+    return (all_rows(n, size) if valid is None else chunks(valid, size)) or []

@@ -27,7 +27,7 @@ from ..passes.rules import (
 )
 from .check import HeadInputs
 from .chunk_losses import ChunkLoss
-from .chunks import Rows, all_rows, chunks, put, take
+from .chunks import Rows, all_rows, chunks, cut, marks_of, put, regular_ends, take
 from .sums import Needs, Sums, plan
 
 FAR = 1.0  # nats by which a chunk's mean gate may exceed the units of the sums
@@ -41,8 +41,9 @@ class Work(NamedTuple):
     head: HeadInputs
     rows: RowInputs
     valid: Tensor  # [N]
-    whole: bool  # whether all rows are known to be valid
+    whole: bool  # whether no row is left out, which the host knows without a read
     needs: Needs
+    holes: bool = False  # whole, but for rows that the device alone knows not to be valid
 
 
 class Walked(NamedTuple):
@@ -71,7 +72,7 @@ def walk(
     """
     rows, size = work.rows, work.head.rule.chunk_size
     if rows.per_token or not any(work.needs):
-        for at in parts_of(work):
+        for at in _Parts(work).any_rows():
             loss.values(at)
         done = finish(loss.results)
         nothing = plan(work.head, Needs(False, False, False), False).empty(work.valid.device)
@@ -80,7 +81,8 @@ def walk(
     splits = splits_by_chunk(rows, per_unit)
     sums = Sums(work.head, work.needs, splits, work.backend)
     leaders = block_leaders(work) if many and splits else None
-    parts = parts_of(work, leaders) if many else parts_of(work)
+    cuts = _Parts(work, leaders)
+    parts = cuts.any_rows() if leaders is None else cuts.whole_blocks()
     if parts is not None and len(parts) <= 1:
         for at in parts:
             loss.values(at)
@@ -88,7 +90,7 @@ def walk(
         return _with_known_weights(work, loss, sums, done, parts, again=False)
     if splits and parts is not None:
         return _deferred(work, loss, sums, finish, parts, leaders, known)
-    parts = parts_of(work)
+    parts = cuts.any_rows()
     for at in parts:
         loss.values(at)
     return _with_known_weights(work, loss, sums, finish(loss.results), parts, again=True)
@@ -100,7 +102,10 @@ def splits_by_chunk(rows: RowInputs, per_unit: bool) -> bool:
 
 
 def gradients_anew(work: Work, loss: ChunkLoss, upstream: Tensor) -> tuple[Tensor, ...]:
-    """The sums of a loss whose rows' gradients [N] are known in the backward alone."""
+    """The sums of a loss whose rows' gradients [N] are known in the backward alone.
+
+    The host reads which rows have one: the others cost nothing.
+    """
     sums = Sums(work.head, work.needs, False, work.backend)
     for at in chunks(work.valid & (upstream != 0), work.head.rule.chunk_size) or []:
         loss.values(at)
@@ -108,12 +113,30 @@ def gradients_anew(work: Work, loss: ChunkLoss, upstream: Tensor) -> tuple[Tenso
     return sums.finish()
 
 
-def parts_of(work: Work, leaders: Tensor | None = None) -> Any:
-    """The chunks of the valid rows: see `chunks.chunks`."""
-    size = work.head.rule.chunk_size
-    if work.whole and (leaders is None or len(work.valid) <= size):
-        return all_rows(len(work.valid), size)
-    return chunks(work.valid, size, leaders)
+class _Parts:
+    """The chunks of a walk, for which the host reads once at most."""
+
+    def __init__(self, work: Work, leaders: Tensor | None = None) -> None:
+        self.work, self.leaders, self.size = work, leaders, work.head.rule.chunk_size
+        self.marks: Any = None  # the array that was read
+
+    def any_rows(self) -> Any:
+        """Chunks of the valid rows, wherever blocks end."""
+        if self.work.whole:
+            return all_rows(len(self.work.valid), self.size)
+        if self.marks is None:
+            return chunks(self.work.valid, self.size)
+        return cut(self.work.valid, self.marks, self.size, False)
+
+    def whole_blocks(self) -> Any:
+        """Chunks that end where blocks do; None where a block is too long for that."""
+        work, rows, n = self.work, self.work.rows, len(self.work.valid)
+        known = work.whole and not work.holes and rows.cu_seqlens is None
+        if known and rows.gate.granularity != "span":
+            block = rows.gate.block_size if rows.gate.granularity == "block" else rows.length
+            return all_rows(n, self.size, regular_ends(n, rows.length, block))
+        self.marks = marks_of(work.valid, self.leaders)
+        return cut(work.valid, self.marks, self.size, True)
 
 
 def block_leaders(work: Work) -> Tensor | None:
@@ -170,16 +193,20 @@ def _deferred(
         _add(work, sums, at, loss.gradient(weights, False))
     done = finish(loss.results)
     row = used.abs().argmax()
-    wanted = (done.table[WEIGHT] * done.table[COEFFICIENT])[row]
-    found = used[row]
+    wanted = (done.table[WEIGHT] * done.table[COEFFICIENT]).take(row)  # x[row] would be read
+    found = used.take(row)
     factor = torch.where((found == 0) & (wanted == 0), 1, wanted / found)
     return Walked(done, sums.finish(), factor)
 
 
 def _add(work: Work, sums: Sums, at: Rows, gradient: Tensor) -> None:
-    hidden = take(work.head.hidden, at)
-    if work.rows.row_weights is not None:  # rows of weight 0 may hold anything
+    hidden, unread = take(work.head.hidden, at), None  # rows of weight 0 may hold anything
+    if work.rows.row_weights is not None:
         unread = take(work.rows.row_weights, at)[:, None] == 0
+    if work.holes:
+        invalid = ~take(work.valid, at)[:, None]
+        unread = invalid if unread is None else unread.logical_or_(invalid)
+    if unread is not None:
         hidden = hidden.masked_fill(unread, 0)
         if work.head.rule.softcap:  # whose slope may be NaN
             gradient.masked_fill_(unread, 0)
@@ -224,8 +251,8 @@ class _Units:
             return take(rows.weights, at), None
         old = None if rows.old is None else take(rows.old, at)
         spans = None if self.leaders is None else take(self.leaders, at).long()
-        whole = torch.ones_like(now, dtype=torch.bool)
-        found = self.work.run.weigh(RowData(whole, now, old, spans, None, len(now)), self.gate)
+        valid = take(self.work.valid, at)  # all, unless there are holes
+        found = self.work.run.weigh(RowData(valid, now, old, spans, None, len(now)), self.gate)
         if normalize == "none":
             return found.weight, None
         return self._common(found.weight, found.totals[0] + found.totals[1])

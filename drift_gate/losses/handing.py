@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..call.gradients import overwritten, row_gradient
+from ..call.rows import RowInputs
 from ..head.check import HeadInputs
 from ..head.sums import Needs, finish_sums, plan
 from ..head.walk import Work, splits_by_chunk
@@ -29,9 +30,19 @@ def head_inputs(x: Any) -> HeadInputs:
     return HeadInputs(x.hidden, x.weight, x.bias, x.rule, x.shard)
 
 
-def work_of(x: Any, valid: Tensor, whole: bool, needs: Needs) -> Work:
-    """What a walk over the rows of an op's inputs is over."""
-    return Work(passes_of(x.backend), x.backend, head_inputs(x), x.rows, valid, whole, needs)
+def no_row_is_left_out(rows: RowInputs) -> bool:
+    """Whether all rows are asked for: no mask, and labels that may not be ignored."""
+    return not rows.ignores and rows.response_mask is None
+
+
+def work_of(x: Any, valid: Tensor, whole: bool, needs: Needs, *, lists: bool = False) -> Work:
+    """What a walk over the rows of an op's inputs is over; `whole` as above.
+
+    lists: a row whose list has no support is not valid, and the device alone knows which are such.
+    """
+    whole = whole and not (lists and x.backend != "triton")
+    head, holes = head_inputs(x), whole and lists
+    return Work(passes_of(x.backend), x.backend, head, x.rows, valid, whole, needs, holes)
 
 
 def upstream_of(table: Tensor, grads: Sequence[Tensor | None]) -> Tensor:

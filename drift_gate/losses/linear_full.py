@@ -32,6 +32,7 @@ from .handing import (
     hand_out_kept,
     head_inputs,
     needs_of,
+    no_row_is_left_out,
     upstream_of,
     work_of,
 )
@@ -220,8 +221,7 @@ def _loss(x: Inputs, run: Any, vocab: int, labels: Tensor | None, entropy: bool)
 def _forward(x: Inputs) -> Tensors:
     run = passes_of(x.backend)
     valid = valid_rows(run, x.rows, x.labels, x.hidden)
-    known = not x.rows.ignores and x.rows.response_mask is None
-    work = work_of(x, valid, known, x.needs)
+    work = work_of(x, valid, no_row_is_left_out(x.rows), x.needs)
     loss = _loss(x, run, x.vocab, x.labels, x.entropy)
     done, sums, factor = walk(
         work, loss, lambda results: finish(run, x.rows, valid, results[0], results[2], GIVEN)

@@ -119,9 +119,14 @@ def _forward(x: LogProbs) -> Tensors:
         labels, None, x.ignore_index, x.shard.total, None, len(labels), labels.device, check
     )
     _, found, _, _, entropy = scan_head(
-        run, head_inputs(x), labels[:, None], valid, x.entropy, x.rule.scan_size
+        run, head_inputs(x), labels[:, None], _left_out(x, valid), x.entropy, x.rule.scan_size
     )
     return found.view(x.labels.shape), entropy, valid
+
+
+def _left_out(x: LogProbs, valid: Tensor) -> Tensor | None:
+    """The valid rows; None where all are, which need not be read."""
+    return None if x.ignore_index == NEVER else valid
 
 
 def _backward(
@@ -132,7 +137,7 @@ def _backward(
     beta = grads[0].reshape(-1, 1).contiguous()
     words = arguments.flat(x.labels)[:, None]
     sums = expand_head(
-        passes_of(x.backend), x.backend, head_inputs(x), words, outputs[2],
+        passes_of(x.backend), x.backend, head_inputs(x), words, _left_out(x, outputs[2]),
         -beta[:, 0], beta, Needs(*needs),
     )  # fmt: skip
     return hand_out(x, sums, None, None, needs)

@@ -30,6 +30,7 @@ from .handing import (
     hand_out,
     hand_out_kept,
     needs_of,
+    no_row_is_left_out,
     upstream_of,
     work_of,
 )
@@ -175,8 +176,7 @@ def _per_unit(x: Inputs) -> bool:
 def _forward(x: Inputs) -> Tensors:
     run = passes_of(x.backend)
     valid = valid_rows(run, x.rows, x.labels, x.hidden)
-    known = not x.rows.ignores and x.rows.response_mask is None
-    work = work_of(x, valid, known, x.needs)
+    work = work_of(x, valid, no_row_is_left_out(x.rows), x.needs)
     common = Common(run, work.head, x.labels, x.rule.chunk_size, x.entropy)
     loss = SampledToken(common, x.rows.old, x.target, x.position)
     done, sums, factor = walk(

@@ -43,6 +43,7 @@ from .handing import (
     hand_out_kept,
     head_inputs,
     needs_of,
+    no_row_is_left_out,
     sum_over_shards,
     upstream_of,
     work_of,
@@ -217,11 +218,14 @@ def _forward_sparse(x: Inputs) -> Tensors:
     else:
         label = words[:, :1] if x.labels is None else x.labels[:, None].to(words.dtype)
         ids = torch.cat([label, words], 1)
+        whole = no_row_is_left_out(x.rows) and x.backend == "triton"  # see `work_of`
         gathered, log_probs, _, _, entropy = scan_head(
-            run, head, ids, valid, x.entropy, x.rule.scan_size
+            run, head, ids, None if whole else valid, x.entropy, x.rule.scan_size
         )
         scores, known = gathered[:, 1:].contiguous(), log_probs[:, 1:].contiguous()
-        now = log_probs[:, 0].contiguous() if x.known is None else _where(valid, x.known)
+        now = _where(valid, log_probs[:, 0] if x.known is None else x.known)
+        if whole and x.entropy:
+            entropy = _where(valid, entropy)
         if x.labels is None:
             now = torch.zeros_like(now)
     rows, slope = divergence(
@@ -254,22 +258,21 @@ def _forward(x: Inputs) -> Tensors:
     run = passes_of(x.backend)
     before = valid_rows(run, x.rows, x.labels, x.hidden)
     words, present, valid, counts = listed(run, x.lists, before, x.rows.vocab, x.rows.check)
-    work = work_of(x, valid, False, x.needs)
+    work = work_of(x, valid, no_row_is_left_out(x.rows), x.needs, lists=True)
     loss = _loss(x, run, words, present)
     kept: list[Tensor] = []
 
     def finished(results: list[Tensor]) -> Finished:
         log_probs = results[2]
         found, _ = divergence(run, x.kind, log_probs, log_probs, x.lists.teacher, present, valid)
-        now = results[0] if x.known is None else _where(valid, x.known)
+        now = _where(valid, results[0] if x.known is None else x.known)
         done = finish(run, x.rows, valid, now, found[0], GIVEN)
         kept.append(masses(found, done.metrics[TOKENS], counts))
         return done
 
     done, sums, factor = walk(work, loss, finished, known=x.known)
-    now, entropy = loss.results[:2]
-    if x.known is not None:
-        now = _where(valid, x.known)
+    now = _where(valid, loss.results[0] if x.known is None else x.known)
+    entropy = _where(valid, loss.results[1]) if x.entropy else loss.results[1]
     return (
         done.loss, done.table, done.metrics, done.totals, valid, now, entropy, kept[0], words,
         present, *sums, factor,

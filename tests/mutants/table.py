@@ -34,6 +34,8 @@ NATIVE_TOPK = f"{GUARDS} tests/test_native_topk.py"
 K_SCAN = "tests/test_kernels_vocabulary.py"
 K_ROWS = "tests/test_kernels_fuzz.py tests/test_kernels_opd.py"
 K_TOPK = "tests/test_kernels_fuzz.py tests/test_kernels_topk.py"
+K_HOLES = "tests/test_kernels_sparse.py -k without_support"
+READS = "tests/test_host_reads.py"
 K_SPARSE = "tests/test_kernels_sparse.py -k 'not losses and not dense'"
 K_FULL = "tests/test_kernels_divergence.py tests/test_kernels_fuzz.py"
 
@@ -58,7 +60,10 @@ PYTHON = [
     Mutant("sums not moved to other units", WALK, "            sums.multiply(factor)\n", "            pass\n", LINEAR),
     Mutant("units never move", WALK, "far = (log_mean > before + FAR) | (before == -torch.inf)", "far = before == -torch.inf", LINEAR),
     Mutant("sums without the denominator", WALK, "(done.table[WEIGHT] * done.table[COEFFICIENT])[row]", "done.table[WEIGHT][row]", LINEAR),
-    Mutant("chunks cut blocks", "drift_gate/head/chunks.py", "np.flatnonzero(found[index] == 2)", "np.flatnonzero(found[index] > 0)", LINEAR),
+    Mutant("chunks cut blocks", "drift_gate/head/chunks.py", "np.flatnonzero(marks[index] == 2)", "np.flatnonzero(marks[index] > 0)", LINEAR),
+    Mutant("regular blocks end a row late", "drift_gate/head/chunks.py", "ends = [*range(size, length, size), length]", "ends = [*range(size + 1, length, size), length]", LINEAR),
+    Mutant("rows without support are multiplied", WALK, "unread = invalid if unread is None", "unread = None if unread is None", K_HOLES, interpreted=True),
+    Mutant("a scalar read by its place", WALK, "found = used.take(row)", "found = used[row]", READS),
     Mutant("first chunk counted twice", SUMS, "self.begun = True", "self.begun = len(hidden) < 2", LINEAR),
     Mutant("lower byte lost", SUMS, "add_(bits.copy_(low), alpha=256)", "add_(bits.copy_(low), alpha=0)", LINEAR),
     Mutant("truncated to 24 bits", SUMS, "value.view(torch.int32).add_(128)", "value.view(torch.int32).add_(0)", LINEAR),
