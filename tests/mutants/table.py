@@ -59,7 +59,7 @@ PYTHON = [
     Mutant("a unit mean for each chunk", WALK, "return weight * relative.to(weight.dtype), factor", "return weight, factor", LINEAR),
     Mutant("sums not moved to other units", WALK, "            sums.multiply(factor)\n", "            pass\n", LINEAR),
     Mutant("units never move", WALK, "far = (log_mean > before + FAR) | (before == -torch.inf)", "far = before == -torch.inf", LINEAR),
-    Mutant("sums without the denominator", WALK, "(done.table[WEIGHT] * done.table[COEFFICIENT])[row]", "done.table[WEIGHT][row]", LINEAR),
+    Mutant("sums without the denominator", WALK, "(done.table[WEIGHT] * done.table[COEFFICIENT]).take(row)", "done.table[WEIGHT][row]", LINEAR),
     Mutant("chunks cut blocks", "drift_gate/head/chunks.py", "np.flatnonzero(marks[index] == 2)", "np.flatnonzero(marks[index] > 0)", LINEAR),
     Mutant("regular blocks end a row late", "drift_gate/head/chunks.py", "ends = [*range(size, length, size), length]", "ends = [*range(size + 1, length, size), length]", "tests/test_head_gradients.py"),
     Mutant("rows without support are multiplied", WALK, "unread = invalid if unread is None", "unread = None if unread is None", K_HOLES, interpreted=True),
