@@ -7,8 +7,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --retrie
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n 2 --dist loadgroup
 # Kernels are also compiled under these versions of Triton, beside the pinned one.
 TRITONS := 3.6.0 3.9.0
+# Trainers that do not go with the pinned set: each lies beside it, and is tested by itself.
+TRAINERS := skyrl
 
-.PHONY: help test lint build/house house distill distill-study fuzz sanitize mutants bench bench-cpu bench-growth \
+.PHONY: help test test-integrations trainer-memory lint build/house house distill distill-study fuzz sanitize mutants bench bench-cpu bench-growth \
 	readme-table compile-check wheel-check clean
 
 help:  ## list the targets
@@ -16,6 +18,13 @@ help:  ## list the targets
 
 test: .venv/.installed  ## run the tests
 	$(PYTEST)
+
+test-integrations: $(TRAINERS:%=test-%)  ## the integrations whose projects are not in the pinned set
+
+trainer-memory: .venv/.installed $(TRAINERS:%=.venv/%/.installed)  ## peak memory of each trainer's step beside its own loss
+	$(PYTEST) -s -n 0 tests/test_verl.py tests/test_verl_policy.py -k peak_memory
+	$(foreach name,$(TRAINERS),PYTHONPATH=$(CURDIR)/.venv/$(name) $(PYTEST) -s -n 0 \
+	  tests/test_$(subst -,_,$(name)).py -k peak_memory;)
 
 lint: build/house  ## ruff, mypy, and who imports whom
 	$(BIN)/ruff check
@@ -100,4 +109,12 @@ $(TRITONS:%=compile-check-%): compile-check-%: .venv/triton-%/.installed
 
 $(TRITONS:%=.venv/triton-%/.installed): .venv/triton-%/.installed: | .venv/.installed
 	$(PIP_INSTALL) --no-deps --upgrade --target $(@D) triton==$*
+	touch $@
+
+.PHONY: $(TRAINERS:%=test-%)
+$(TRAINERS:%=test-%): test-%: .venv/%/.installed
+	PYTHONPATH=$(CURDIR)/.venv/$* $(PYTEST) -n 0 tests/test_$(subst -,_,$*).py
+
+$(TRAINERS:%=.venv/%/.installed): .venv/%/.installed: tests/requirements-%.txt | .venv/.installed
+	$(PIP_INSTALL) --no-deps --ignore-requires-python --upgrade --target $(@D) -r $<
 	touch $@

@@ -52,6 +52,7 @@ def test_submodules_import_from_anywhere(tmp_path):
 def test_importing_the_package_needs_no_extra_and_imports_no_triton(tmp_path):
     """Triton exists for Linux alone, and starts slowly; kernels are imported when first used."""
     extras = ("triton", "typer", "rich", "matplotlib", "pytest", "transformers", "trl", "verl")
+    extras += ("skyrl", "swift")
     code = f"import sys, drift_gate; print([m for m in {extras} if m in sys.modules])"
     assert run_python(code, tmp_path) == "[]\n"
 

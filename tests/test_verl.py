@@ -13,6 +13,7 @@ pytest.importorskip("support.verl_loading", reason="needs verl: pip install 'dri
 
 import verl.trainer.distillation.losses as losses
 from support import verl_loading
+from support.trainer_memory import ROWS, WORDS, step_peaks
 from support.verl_cases import AGG_MODES, SIZES, Case, K, draw
 from verl.utils.torch_functional import logprobs_from_logits
 from verl.workers.config import ActorConfig, DistillationConfig, DistillationLossConfig
@@ -232,6 +233,31 @@ def test_other_modes_go_to_verl(monkeypatch):
     actor, distillation = configs("forward_kl_topk")
     losses.compute_topk_loss(actor, distillation, {}, torch.zeros(1, 2, 3), "thd")
     assert len(seen) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["gated_lsm", "gated_forward_kl_topk"])
+def test_peak_memory_beside_verl_s_own(mode):
+    """verl's forward top K makes a log_softmax of the logits; with its own, K = 64."""
+    generator = torch.Generator().manual_seed(1)
+    log_probs, words = torch.randn(ROWS, WORDS, generator=generator).log_softmax(-1).topk(64)
+    ids = torch.randint(WORDS, (1, ROWS), generator=generator)
+    packed = dict(teacher_logprobs=log_probs[None], teacher_ids=words[None].int(), input_ids=ids)
+    data = {
+        name: torch.nested.as_nested_tensor(x, layout=torch.jagged) for name, x in packed.items()
+    }
+
+    def step(name):
+        actor, distillation = configs(name, topk=64)
+
+        def loss(logits):
+            out = losses.compute_topk_loss(actor, distillation, data, logits[None], "thd")
+            return out["distillation_losses"].mean()
+
+        return loss
+
+    peaks = step_peaks("verl, top K", {name: step(name) for name in ("forward_kl_topk", mode)})
+    assert peaks[mode] < 0.3 * peaks["forward_kl_topk"]
 
 
 def test_what_is_not_supported_says_so(registered):

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("support.verl_loading", reason="needs verl: pip install 'drift-gate[verl]'")
 
+from support.trainer_memory import ROWS, WORDS, step_peaks
 from support.verl_cases import AGG_MODES, SIZES, Case, draw
 from verl.trainer.ppo import core_algos
 from verl.utils.torch_functional import logprobs_from_logits
@@ -45,12 +46,16 @@ def doubled(case: Case) -> Case:
     return case._replace(logits=logits, old=case.old.double())
 
 
-def through_verl(case: Case, mode: str, agg_mode: str, **options: Any):
-    """Loss, metrics and gradient of the logits of verl's `ppo_loss`."""
-    config = ActorConfig(
+def actor(mode: str, agg_mode: str) -> ActorConfig:
+    return ActorConfig(
         strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=agg_mode,
-        policy_loss=PolicyLossConfig(loss_mode=mode), **CLIPS, **options,
+        policy_loss=PolicyLossConfig(loss_mode=mode), **CLIPS,
     )  # fmt: skip
+
+
+def through_verl(case: Case, mode: str, agg_mode: str):
+    """Loss, metrics and gradient of the logits of verl's `ppo_loss`."""
+    config = actor(mode, agg_mode)
     packed, offsets = case.data["input_ids"].values(), case.data["input_ids"].offsets()
     log_probs = logprobs_from_logits(case.logits[0], packed.roll(-1), inplace_backward=False)
     output = {"log_probs": torch.nested.nested_tensor_from_jagged(log_probs, offsets)}
@@ -130,6 +135,28 @@ def test_a_micro_batch_without_tokens(registered):
     mode = registered("empty", "vanilla", gate=GATE)
     loss, _, gradient = through_verl(case, mode, "token-mean")
     assert loss == 0 and not gradient.any()
+
+
+@pytest.mark.slow
+def test_peak_memory_beside_verl_s_own():
+    """From logits, log-probs by verl: the gate adds numbers of positions, nothing of [N, V]."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(WORDS, (ROWS,), generator=generator)
+    old, advantages = torch.randn(2, 8, ROWS // 8, generator=generator).sub(10)
+    mask = torch.ones(8, ROWS // 8, dtype=torch.bool)
+    config = actor("vanilla", "token-mean")
+
+    def step(mode):
+        def loss(logits):
+            log_probs = logprobs_from_logits(logits, labels, inplace_backward=False)
+            return core_algos.get_policy_loss_fn(mode)(
+                old, log_probs.view(8, -1), advantages, mask, config=config
+            )[0]
+
+        return loss
+
+    peaks = step_peaks("verl, GRPO", {mode: step(mode) for mode in ("vanilla", "gated_vanilla")})
+    assert peaks["gated_vanilla"] < peaks["vanilla"] + 0.1
 
 
 def test_what_is_not_supported_says_so(registered):

@@ -159,7 +159,8 @@ def compute_topk_loss(
         # in the logits' place before this loss's backward reads them.
         student_logits = student_logits.clone()
     clamp = None if renormalized else options.log_prob_min_clamp
-    found = _rows(student_logits[0], labels[0], words[0], teacher[0], kind, clamp)
+    logits = student_logits.squeeze(0)  # [0] would copy the gradient
+    found = _rows(logits, labels[0], words[0], teacher[0], kind, clamp)
     return {name: x.view(student_logits.shape[:2]) for name, x in found.items()}
 
 
