@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from torch.library import opcheck
 
 import drift_gate as dg
 from drift_gate.call.op import Op, flatten
+from drift_gate.head import sparse
 
 pytestmark = pytest.mark.xdist_group("shards")  # one worker: processes are started once
 GATE = dg.DriftGate(block_size=4)
@@ -40,6 +43,7 @@ CASES |= {
     "per token": ("opd", True, GATE, {"reduction": "none"}),
     "capped": ("opd", True, GATE, {"softcap": 3.0, "logit_scale": 0.5, "chunk_size": 70}),
     "capped, sparse": ("topk", True, None, {"softcap": 3.0, "logit_scale": 0.5}),
+    "capped, word by word": ("topk", True, None, {"softcap": 3.0, "by_word": True}),
     "listed words alone": ("topk", False, None, {"without": "labels"}),
     "listed words alone, linear": ("topk", True, None, {"without": "labels"}),
     "sequences": ("opd", True, dg.DriftGate("sequence"), {"chunk_size": 5}),
@@ -63,8 +67,10 @@ def run(whole: Whole, case: str, weight: Tensor, bias: Tensor, **extra: Any) -> 
         rows = [None, None]
     teacher = (whole.teacher,) if form == "opd" else (whole.ids, whole.log_q)
     function = getattr(dg, f"{'linear_' * linear}{form}_loss")
-    result = function(*student, *rows, *teacher, gate=gate, response_mask=whole.mask, **options)
-    grads = torch.autograd.grad(result.loss.sum(), leaves)
+    by_word = mock.patch.object(sparse, "products_are_faster", return_value=False)
+    with by_word if options.pop("by_word", False) else contextlib.nullcontext():
+        result = function(*student, *rows, *teacher, gate=gate, response_mask=whole.mask, **options)
+        grads = torch.autograd.grad(result.loss.sum(), leaves)
     if not linear and extra:  # the product with the hidden states is the caller's, and so its sum
         dist.all_reduce(grads[0])
     names = "loss", "token_loss", "log_probs", "gate", "entropy"

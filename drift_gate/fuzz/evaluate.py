@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..head import sums
+from ..head import sparse, sums
 from ..outputs import LossOutput
 from ..passes import native
 from ..passes.native import library
@@ -91,13 +91,14 @@ def _draw_machine(choose: Choices, backend: str) -> dict[str, Any]:
     return {"threads": threads, "words": words, "native": backend == "native"}
 
 
-# What a thread takes at a time, and less than which is not shared.
+# What a thread takes at a time, and less than which is not shared; and what decides how lists go.
 WORDS = (
     (vocabulary, "CPU_WORDS"),
     (library, "MOST_WORDS"),
     (library, "FEW_WORDS"),
     (sums, "PRODUCT_WORDS"),
     (sums, "SLAB_WORDS"),
+    (sparse, "ENTRY_FIXED"),
 )
 
 

@@ -95,6 +95,14 @@ def _block_ends(leaders: Tensor, valid: Tensor) -> Tensor:
     return ((reach == position) & valid).to(torch.int8)
 
 
+def longest(parts: list[Rows]) -> int:
+    """Rows of the largest chunk; 0 where there is none."""
+    most = 0
+    for at in parts:
+        most = max(most, at.stop - at.start if isinstance(at, slice) else at.shape[0])
+    return most
+
+
 def take(x: Tensor, rows: Rows) -> Tensor:
     """x[rows]: a view where the rows are consecutive."""
     return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .check import HeadInputs
 from .chunk_losses import Chunk, Common
-from .chunks import Rows, all_rows, chunks, take
+from .chunks import Rows, all_rows, chunks, longest, take
 from .logits import new_buffer
 from .sums import Needs, Sums
 
@@ -25,7 +25,7 @@ def scan_head(
     common = Common(run, head, None, size, with_entropy)
     (n, k) = ids.shape
     rows = _parts(valid, n, size)
-    buffer = new_buffer(head, size)
+    buffer = new_buffer(head, longest(rows))
     if len(rows) == 1 and isinstance(rows[0], slice):  # all of them
         chunk = Chunk(common, rows[0], ids, buffer)
         return chunk.gathered, chunk.log_probs, chunk.maximum, chunk.log_sum, chunk.entropy
@@ -53,8 +53,9 @@ def expand_head(
     size = head.rule.chunk_size
     common = Common(run, head, None, size, False)
     sums = Sums(head, needs, False, backend)
-    buffer = new_buffer(head, size)
-    for rows in _parts(valid, len(ids), size):
+    parts = _parts(valid, len(ids), size)
+    buffer = new_buffer(head, longest(parts))
+    for rows in parts:
         chunk = Chunk(common, rows, take(ids, rows), buffer)
         gradient = chunk.gradient(take(alpha, rows), take(beta, rows))
         sums.add(rows, take(head.hidden, rows), gradient)

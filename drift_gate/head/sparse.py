@@ -4,9 +4,12 @@
     scatter   with x_k = dL/d(hidden . W[ids_k] + bias[ids_k]):
               grad_hidden = sum_k x_k W[ids_k],  grad_weight[v] = sum over ids = v of x hidden
 
-No [N, V] logits and no dense product: N K H multiplications in each.
+No [N, V] logits and no dense product: N K H multiplications in each. Where K is a good part of V a
+CPU scatters by two dense products, of x as [N, V] and head or hidden states: K scattered rows of H
+numbers, and a place in the order of the words, cost as much as a multiple of K in a product.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +17,14 @@ from torch import Tensor
 
 from ..parallel.words import from_owners, own
 from .check import HeadInputs
-from .sums import Needs
+from .chunks import chunks, take
+from .sums import Needs, Sums, finish_sums
+
+# Time of an entry's part in the sparse sums, and of a word's in the products, each as a sum of a
+# fixed part and one that grows with H, over that of a multiplication; measured in float32 (bfloat16
+# favours the products further).
+ENTRY_FIXED, ENTRY = 1600, 8
+WORD_FIXED, WORD = 20, 1
 
 
 def gather(run: Any, head: HeadInputs, ids: Tensor, valid: Tensor) -> Tensor:
@@ -31,6 +41,7 @@ def gather(run: Any, head: HeadInputs, ids: Tensor, valid: Tensor) -> Tensor:
 
 def scatter(
     run: Any,
+    backend: str,
     head: HeadInputs,
     ids: Tensor,
     valid: Tensor,
@@ -40,16 +51,15 @@ def scatter(
 ) -> list[Tensor | None]:
     """Gradients of hidden, weight and bias from beta = dL/dz [N, K]; gathered: z [N, K].
 
-    Words are summed in a fixed order: the entries of a word by row.
+    valid [N]: rows whose beta is not 0; the others may hold anything. Words are summed in a fixed
+    order: the entries of a word by row.
     """
-    weight, rule = head.weight, head.rule
+    weight = head.weight
     if head.shard.group:
         ids = own(head.shard, ids, weight.shape[0])
-    slope = beta * rule.scale
-    if rule.softcap:
-        slope = slope * (1 - (gathered / (rule.scale * rule.softcap)).square())
-    read = valid[:, None] & (beta != 0)  # what has no gradient may be NaN
-    slope = torch.where(read, slope, 0).contiguous()
+    if weight.is_cpu and backend != "triton" and products_are_faster(weight.shape, ids.shape[1]):
+        return _by_products(head, ids, valid, gathered, beta, needs, backend)
+    slope = torch.where(valid[:, None], _slope(head, gathered, beta), 0)
     ids = torch.where(slope == 0, weight.shape[0], ids)  # no word
     grads: list[Tensor | None] = [None, None, None]
     if needs.hidden:
@@ -62,3 +72,43 @@ def scatter(
         ones = torch.ones_like(head.hidden[:, :1], dtype=slope.dtype)
         grads[2] = run.sum_words(ones, slope, *entries)[:, 0].to(head.bias.dtype)
     return grads
+
+
+def _slope(head: HeadInputs, gathered: Tensor, beta: Tensor) -> Tensor:
+    """dL/d(hidden . W[ids] + bias[ids]) from dL/dz."""
+    scale, softcap = head.rule.scale, head.rule.softcap
+    slope = beta if scale == 1 else beta * scale
+    if softcap:  # what has no gradient may be NaN
+        steep = 1 - (gathered / (scale * softcap)).square()
+        slope = torch.where(beta != 0, slope * steep, 0)
+    return slope
+
+
+def products_are_faster(shape: Sequence[int], k: int) -> bool:
+    """Whether dense products with a head of this shape [V, H] are, where a row lists K words."""
+    vocab, width = shape
+    return vocab * (WORD_FIXED + WORD * width) <= k * (ENTRY_FIXED + ENTRY * width)
+
+
+def _by_products(
+    head: HeadInputs,
+    ids: Tensor,
+    valid: Tensor,
+    gathered: Tensor,
+    beta: Tensor,
+    needs: Needs,
+    backend: str,
+) -> list[Tensor | None]:
+    """`scatter` from dL/d(hidden W^T + bias) as [C, V], a chunk of rows at a time."""
+    weight, sums = head.weight, Sums(head, needs, False, backend)
+    for rows in chunks(valid, head.rule.chunk_size) or []:
+        listed = take(ids, rows).long()
+        slope = _slope(head, take(gathered, rows), take(beta, rows)).to(weight.dtype)
+        if head.shard.group:  # -1: another rank's
+            slope, listed = slope.masked_fill(listed < 0, 0), listed.clamp(min=0)
+        gradient = slope.new_zeros(len(slope), weight.shape[0]).scatter_add_(1, listed, slope)
+        sums.add(rows, take(head.hidden, rows), gradient)
+    leaves = head.hidden, weight, head.bias
+    dtypes = [weight.dtype if x is None else x.dtype for x in leaves]
+    found = finish_sums(sums.finish(), beta.new_ones(()), dtypes, backend)
+    return [x if need else None for x, need in zip(found, needs, strict=True)]

@@ -242,9 +242,9 @@ def _backward_lse(
     if of_lse is None:
         if beta is None:
             return [None, None, None]
-        valid = torch.ones_like(ids[:, 0], dtype=torch.bool)
+        valid = (beta != 0).any(-1)
         z = outputs[0].view(ids.shape)
-        found = sparse.scatter(run, head_inputs(x), ids, valid, z, beta, Needs(*needs))
+        found = sparse.scatter(run, x.backend, head_inputs(x), ids, valid, z, beta, Needs(*needs))
         return sum_over_shards(x, found, needs)
     alpha = of_lse.reshape(-1).contiguous()
     if beta is None:

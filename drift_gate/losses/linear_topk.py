@@ -246,10 +246,12 @@ def _backward_sparse(
     x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
 ) -> list[Tensor | None]:
     table, valid, words, scores, slope = (outputs[i] for i in (1, 4, 8, 9, 10))
-    beta = slope * upstream_of(table, grads)[:, None]
+    upstream = upstream_of(table, grads)
+    valid = valid & (upstream != 0)
     found = sparse.scatter(
-        passes_of(x.backend), head_inputs(x), words, valid, scores, beta, Needs(*needs)
-    )
+        passes_of(x.backend), x.backend, head_inputs(x), words, valid, scores,
+        slope * upstream[:, None], Needs(*needs),
+    )  # fmt: skip
     return sum_over_shards(x, found, needs)
 
 

@@ -22,6 +22,7 @@ PASSES = f"tests/test_torch_backend.py tests/test_opd_loss.py tests/test_referen
 TOPK = f"tests/test_torch_backend.py tests/test_topk_loss.py {FUZZ}"
 FULL = f"tests/test_torch_backend.py tests/test_full_loss.py {FUZZ}"
 LINEAR = "tests/test_linear_losses.py tests/test_head_gradients.py tests/test_linear_autograd.py"
+LISTS = "tests/test_head_lists.py"
 MICRO = "tests/test_micro_batches.py"
 RANKS = "tests/test_ranks.py"
 SHARDS = "tests/test_vocab_parallel.py"
@@ -68,8 +69,12 @@ PYTHON = [
     Mutant("lower byte lost", SUMS, "add_(bits.copy_(low), alpha=256)", "add_(bits.copy_(low), alpha=0)", LINEAR),
     Mutant("truncated to 24 bits", SUMS, "value.view(torch.int32).add_(128)", "value.view(torch.int32).add_(0)", LINEAR),
     Mutant("slope of the cap forgotten", "drift_gate/head/chunk_losses.py", "uncap(z[rows], kept, cap)", "pass", LINEAR),
-    Mutant("sparse slope of the cap forgotten", SPARSE, "slope = slope * (1 - (gathered", "slope = slope * (1 - 0 * (gathered", LINEAR),
-    Mutant("logit scale not in the slope", SPARSE, "slope = beta * rule.scale", "slope = beta * 1.0", LINEAR),
+    Mutant("sparse slope of the cap forgotten", SPARSE, "steep = 1 - (gathered", "steep = 1 - 0 * (gathered", LINEAR),
+    Mutant("products of another rank's words", SPARSE, "slope, listed = slope.masked_fill(listed < 0, 0), listed", "slope, listed = slope, listed", SHARDS),
+    Mutant("products without the words listed again", SPARSE, ".scatter_add_(1, listed, slope)", ".scatter_(1, listed, slope)", LISTS),
+    Mutant("products of rows without a gradient", SPARSE, "in chunks(valid, head", "in chunks(torch.ones_like(valid), head", LISTS),
+    Mutant("lists never as products", SPARSE, "return vocab * (WORD_FIXED + WORD * width) <= k", "return vocab * (WORD_FIXED + WORD * width) < 0 * k", LISTS),
+    Mutant("logit scale not in the slope", SPARSE, "slope = beta if scale == 1 else beta * scale", "slope = beta", LINEAR),
     Mutant("rows of words shifted", TORCH_SPARSE, 'rows = order.div(slope.shape[1], rounding_mode="floor")', 'rows = order.div(slope.shape[1], rounding_mode="floor").clamp(max=3)', LINEAR),
     Mutant("upstream gradient forgotten", HANDING, "whole = factor * upstream", "whole = factor * 1", LINEAR),
     Mutant("a second backward allowed", "drift_gate/call/op.py", "ctx.spent = bool(op.hands_out)", "pass", LINEAR),
