@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import compare, growth, record, report
+from . import compare, growth, record, recorded, report
 from .harness import UNREACHED
 from .measure import device_name
 from .names import STEP
@@ -100,6 +100,21 @@ def show(console: Console, path: Path, plots: bool) -> None:
 
         for picture in draw(results, path):
             console.print(f"written to {picture}", soft_wrap=True)
+
+
+def replay_calls(path: Path, device: Any, rounds: int) -> None:
+    """Print what each kind of recorded call costs here, beside an eager loss."""
+    console = Console()
+    recording = recorded.read(path)
+    costs = []
+    with console.status("") as status:
+        for calls in recording.groups:
+            status.update(f"{calls.function}, {recorded.size(calls)}")
+            costs.append(recorded.measure(calls, device, rounds))
+    where = ", ".join(f"{name} {value}" for name, value in recording.machine.items())
+    console.print(where, highlight=False)
+    console.print(report.calls_table(recording, costs))
+    console.print(recorded.summary(recording, costs, device_name(device)), highlight=False)
 
 
 def compare_files(first: Path, second: Path) -> None:

@@ -13,6 +13,8 @@ from .compare import Change
 from .growth import Growth, cells
 from .names import HOST, STEP
 from .record import Result
+from .recorded import Cost, Recording
+from .recorded import size as recorded_size
 from .verdict import verdicts
 
 
@@ -144,6 +146,29 @@ def _times(result: Result, on_gpu: bool) -> list[str]:
         f"{result.bytes_per_s / 1e9:.2g}",
         f"{max(result.fraction_of_copy, result.fraction_of_gemm or 0):.2f}",
     ]
+
+
+def calls_table(
+    recording: Recording, costs: list[tuple[Cost | str, Cost | str]]
+) -> Table:  # fmt: skip
+    """A line for each kind of call that was recorded: ours, and as a trainer would write it."""
+    caption = ["a call, forward and backward; extra: peak beyond the inputs, gradients included"]
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left", show_edge=False)
+    shown.add_column("")
+    for name in ("calls", "valid", "time", "extra", "eager", "extra"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for calls, pair in zip(recording.groups, costs, strict=True):
+        cells = []
+        for name, one in zip((calls.function, "eager"), pair, strict=True):
+            if isinstance(one, str):
+                caption.append(f"{name}, {recorded_size(calls)}: {one}")
+                cells += ["-", "-"]
+            else:
+                cells += [duration(one.seconds), size(one.extra_bytes)]
+        title = f"{calls.function}, {recorded_size(calls)}"
+        shown.add_row(title, f"{calls.count:,}", f"{calls.valid:.0%}", *cells)
+    shown.caption = "\n".join(map(escape, caption))
+    return shown
 
 
 def grown(growth: Growth) -> Table:

@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .call.recording import record_calls, start_from_environment
 from .checkout import find_folders
 from .gate import DriftGate
 from .losses.accumulation import GateNormalizer
@@ -19,6 +20,7 @@ from .outputs import GateOutput, LossOutput
 from .spans import newline_spans
 
 find_folders()
+start_from_environment()
 
 try:
     __version__ = version("drift-gate")
@@ -44,6 +46,7 @@ __all__ = [
     "linear_topk_loss",
     "newline_spans",
     "opd_loss",
+    "record_calls",
     "token_log_probs",
     "topk_loss",
 ]

@@ -207,6 +207,9 @@ def bench(
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Two files of results, instead of a run.")
     ] = None,
+    recorded: Annotated[
+        Path | None, typer.Option(help="Calls of drift_gate.record_calls, replayed instead.")
+    ] = None,
 ) -> None:
     """Time, memory and error of every pass and loss, beside those of others.
 
@@ -222,12 +225,18 @@ def bench(
         except (OSError, ValueError) as error:
             fail(f"--compare: {error}")
         return
+    chosen = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if recorded is not None:
+        try:
+            command.replay_calls(recorded, chosen, rounds)
+        except (OSError, ValueError) as error:
+            fail(f"--recorded: {error}")
+        return
     known = command.suite_names()
     if unknown := set(suites or ()) - set(known):
         fail(f"no suite {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if grid not in cases.GRIDS:
         fail(f"--grid must be one of {', '.join(cases.GRIDS)}; got {grid!r}")
-    chosen = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = dict(device=chosen, grid=grid, budget=budget, rounds=rounds, out=out, plots=plots)
     if not command.run(suites or known, **options):
         raise typer.Exit(1)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import arguments, gradients
+from ..call import arguments, gradients, recording
 from ..call.finishing import Outcome, complete
 from ..call.lists import check_beta
 from ..call.logits import of_logits
@@ -147,6 +147,8 @@ def full_loss(
         )
     )
     found = Outcome(loss, table, metrics, totals, valid, now, entropy)
+    if recording.active is not None and not torch.compiler.is_compiling():
+        recording.active.note(full_loss, locals())
     return complete(call, found, return_entropy, "floored", "pg_clipfrac")
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import arguments
+from ..call import arguments, recording
 from ..call.finishing import Outcome, complete
 from ..call.lists import check_beta
 from ..call.op import Op, Tensors
@@ -150,6 +150,8 @@ def linear_full_loss(
         )
     )
     found = Outcome(loss, table, metrics, totals, valid, now, entropy)
+    if recording.active is not None and not torch.compiler.is_compiling():
+        recording.active.note(linear_full_loss, locals())
     return complete(call, found, return_entropy, "floored", "pg_clipfrac")
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import arguments
+from ..call import arguments, recording
 from ..call.finishing import Outcome, complete
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
@@ -148,6 +148,8 @@ def linear_opd_loss(
         )
     )
     found = Outcome(loss, table, metrics, totals, valid, log_probs, entropy)
+    if recording.active is not None and not torch.compiler.is_compiling():
+        recording.active.note(linear_opd_loss, locals())
     floored = () if teacher_log_prob_min is not None else ("floored",)
     return complete(call, found, return_entropy, *floored)
 

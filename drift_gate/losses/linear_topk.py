@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import arguments
+from ..call import arguments, recording
 from ..call.finishing import Outcome, complete
 from ..call.lists import (
     MASSES,
@@ -168,6 +168,8 @@ def linear_topk_loss(
         )
     )
     found = Outcome(loss, table, metrics, totals, valid, now, entropy)
+    if recording.active is not None and not torch.compiler.is_compiling():
+        recording.active.note(linear_topk_loss, locals())
     output = complete(call, found, return_entropy, "floored", "pg_clipfrac")
     scanned = (labels is not None and known is None) or op is not LINEAR_TOPK_SPARSE
     return with_masses(output, sizes, scanned or return_entropy)

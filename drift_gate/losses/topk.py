@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import arguments
+from ..call import arguments, recording
 from ..call.finishing import Outcome, complete
 from ..call.gradients import expand, row_gradient
 from ..call.lists import (
@@ -164,6 +164,8 @@ def topk_loss(
         )
     )
     found = Outcome(loss, table, metrics, totals, valid, now, entropy)
+    if recording.active is not None and not torch.compiler.is_compiling():
+        recording.active.note(topk_loss, locals())
     output = complete(call, found, return_entropy, "floored", "pg_clipfrac")
     known = labels is not None or support != "renormalized" or return_entropy
     return with_masses(output, sizes, known)
