@@ -189,48 +189,6 @@ def test_mixed_precision_scaler():
     torch.testing.assert_close(weight.grad, wanted, rtol=1e-10, atol=1e-13)
 
 
-def beside(parts: list[Whole], other: Tensor, after: bool = False) -> tuple[Tensor, Tensor]:
-    """P in two micro-batches, and R in a penalty beside them: before scale_gradients or after."""
-    weight, normalizer = whole_weight(parts), dg.GateNormalizer(GATES["blocks"])
-    for part in parts:
-        loss = run_part(part, "opd", False, weight, normalizer)[0].loss
-        (loss if after else loss + penalty(other)).backward()
-    try:
-        normalizer.scale_gradients([weight] if after else [weight, other])
-    finally:
-        if not after:
-            normalizer.scale_gradients([weight])
-    for _ in parts if after else ():
-        penalty(other).backward()
-    assert weight.grad is not None and other.grad is not None
-    return weight.grad, other.grad
-
-
-def penalty(x: Tensor) -> Tensor:
-    return 0.01 * x.square().mean() / 2
-
-
-def test_a_parameter_that_no_distillation_loss_reaches_is_refused():
-    """Its gradient would get a factor that belongs to the gates."""
-    whole = draw_whole(11)
-    parts = cut(whole, 2)
-    other = torch.linspace(1, 2, 3, dtype=torch.float64).requires_grad_()
-    with pytest.raises(
-        ValueError, match=r"number 1, of shape \[3\], .* none of them reaches: leave"
-    ):
-        beside(parts, other)
-    for got in (other.grad, beside(parts, other.detach().clone().requires_grad_(), True)[1]):
-        torch.testing.assert_close(got, 2 * 0.01 * other.detach() / 3)
-    grad = beside(parts, other.detach().clone().requires_grad_(), True)[0]
-    torch.testing.assert_close(grad, undivided(whole, "opd", False, GATES["blocks"])[1])
-
-
-def test_a_parameter_without_gradient_may_be_among_them():
-    weight, normalizer = draw_whole().weight.requires_grad_(), dg.GateNormalizer()
-    run_part(draw_whole(), "opd", False, weight, normalizer)[0].loss.backward()
-    normalizer.scale_gradients([weight, torch.ones(3, requires_grad=True)])
-
-
 @pytest.mark.parametrize("way", ["no_grad", "inference_mode", "tensors without gradient"])
 @pytest.mark.parametrize("form, linear", [*itertools.product(FORMS, (False, True))])
 def test_calls_that_do_not_train_are_not_collected(form: str, linear: bool, way: str):

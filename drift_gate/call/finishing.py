@@ -54,8 +54,11 @@ def _collected(call: Call, output: LossOutput, found: Outcome) -> LossOutput:
     counted = call.rows.reduce.denominator != "given"
     gate, size = call.normalizer.collect(mine, everyone, counted)
     valid = found.valid.view(output.gate.shape)
-    token_loss = rescaled(output.token_loss, gate, valid)
-    loss = token_loss if call.rows.per_token else output.loss * (gate * size).to(output.loss.dtype)
+    losses = [rescaled(output.token_loss, gate, valid)]
+    if not call.rows.per_token:
+        losses.append(output.loss * (gate * size).to(output.loss.dtype))
+    losses = call.normalizer.follow(losses)
+    token_loss, loss = losses[0], losses[-1]
     call.normalizer.record(loss)
     metrics = output.metrics
     for name in ("gate_min", "gate_max"):

@@ -18,6 +18,7 @@ from ..parallel.scope import (
     over_ranks,
     rescaled,
 )
+from .watch import Watch
 from .weights import weights_and_totals
 
 FURTHEST = 80.0  # nats by which a mean gate may exceed the first; float32 ends at 88
@@ -30,10 +31,10 @@ class GateNormalizer(Collector):
     one number that only the last micro-batch completes, and by which the gradients are multiplied
     once, before clipping and before the optimiser's step. So the gradients must be those of these
     losses alone: what another loss adds to them (a router's auxiliary loss, a KL term, a penalty on
-    weights) would be multiplied, too. `scale_gradients` refuses parameters that none of the losses
-    reaches; run the backward of other losses after it, or use `weights`, which need no factor.
-    Calls that take no part in the training (under `no_grad`, or of tensors without gradients) are
-    not collected.
+    weights) would be multiplied, too, and `scale_gradients` refuses it. Run the backward of other
+    losses after it, or use `weights`, which need no factor and are exact beside any loss. Calls
+    that take no part in the training (under `no_grad`, or of tensors without gradients) are not
+    collected.
 
         normalizer = GateNormalizer(DriftGate())
         for part in micro_batches:
@@ -63,6 +64,7 @@ class GateNormalizer(Collector):
         if gate is not None and not isinstance(gate, DriftGate):
             raise TypeError(f"gate must be a DriftGate or None; got {type(gate).__name__}")
         self.gate = gate
+        self._watch = Watch()
         self.reset()
 
     def reset(self) -> None:
@@ -70,7 +72,9 @@ class GateNormalizer(Collector):
         self._reference: Totals | None = None
         self._counted: bool | None = None
         self._gates = self._tokens = self._size = self._loss = torch.zeros(())
-        self._reached: dict[int, Tensor] | None = {}
+        self._calls = 0
+        self._watch.close()
+        self._watch = Watch()
 
     def collect(self, call: Totals, everyone: Totals, counted: bool) -> Scales:
         """Used by the losses: take a call's totals; what its results are to be multiplied by."""
@@ -93,19 +97,20 @@ class GateNormalizer(Collector):
         self._gates = self._gates + everyone.tokens * _quotient(everyone, first)
         self._tokens = self._tokens + everyone.tokens
         self._size = self._size + everyone.size
+        self._calls += 1
         one = torch.ones_like(call.size)
         return Scales(
             _quotient(call, first),
             at_least_one(call.size) / at_least_one(first.size) if counted else one,
         )
 
+    def follow(self, losses: Sequence[Tensor]) -> list[Tensor]:
+        """Used by the losses: what a call returns, so that its backward is seen."""
+        return self._watch.follow(losses)
+
     def record(self, loss: Tensor) -> None:
         """Used by the losses: add a call's loss."""
         self._loss = self._loss + loss.detach().sum()
-        if torch.compiler.is_compiling():
-            self._reached = None
-        elif self._reached is not None:
-            self._reached = _leaves(loss, self._reached)
 
     def gate_factor(self) -> Tensor:
         """The number that completes weights and per-token losses, a scalar tensor.
@@ -132,14 +137,19 @@ class GateNormalizer(Collector):
 
         Returns the step's loss, a detached scalar (this rank's part of it, as the losses').
 
-        Raises ValueError where nothing was collected, and for a parameter whose gradient none of
-        the losses can have made (which cannot be told of DTensors, under torch.compile, and of what
-        reentrant checkpoints hide).
+        Raises ValueError where nothing was collected, and, where the factor may not be 1, for a
+        parameter whose gradient is not that of the collected losses alone: none of them reaches it,
+        or another loss does, in a sum with them, in a backward of its own, or before the step. Not
+        seen: several losses given to `torch.autograd.backward`; of DTensors, under torch.compile
+        and where reentrant checkpoints hide what is reached, all but sums; on a GPU, what was there
+        before.
         """
         factor = self.factor()
         tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        for i, parameter in enumerate(tensors):
-            _check_reached(i, parameter, self._reached)
+        completes = self._counted or (self.gate is not None and self.gate.normalize == "batch")
+        if self._calls == 1 or not completes:  # the factor is 1
+            tensors = []
+        self._watch.check(tensors)
         for parameter in tensors:
             grad: Any = parameter.grad
             if grad is not None:
@@ -178,37 +188,6 @@ class GateNormalizer(Collector):
             rescaled(w, torch.exp(totals.log_quotient(everyone)), valid)
             for w, valid, totals in found
         ]
-
-
-def _leaves(loss: Tensor, found: dict[int, Tensor]) -> dict[int, Tensor] | None:
-    """The leaves that a backward through the loss reaches, added to those found; None where a
-    checkpoint hides some."""
-    seen: set[Any] = set()
-    nodes = [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if "CheckpointFunction" in node.name():
-            return None
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            found[id(leaf)] = leaf
-        nodes += [other for other, _ in node.next_functions]
-    return found
-
-
-def _check_reached(i: int, parameter: Tensor, reached: dict[int, Tensor] | None) -> None:
-    if parameter.grad is None or reached is None or hasattr(parameter, "device_mesh"):
-        return
-    if id(parameter) not in reached:
-        raise ValueError(
-            "parameters must get their gradients from the losses of this GateNormalizer alone; "
-            f"number {i}, of shape {list(parameter.shape)}, has one that none of them reaches: "
-            "leave it out, run the backward of other losses after scale_gradients, or give the "
-            "losses GateNormalizer.weights as their gate"
-        )
 
 
 def _check_distance(found: Totals, first: Totals) -> None:

@@ -10,6 +10,7 @@ no drift, however large, makes their quotient 0/0.
 """
 
 import abc
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,10 @@ class Collector(abc.ABC):
     @abc.abstractmethod
     def collect(self, call: Totals, everyone: Totals, counted: bool) -> Scales:
         """Take a call's totals; what its results are to be multiplied by."""
+
+    @abc.abstractmethod
+    def follow(self, losses: Sequence[Tensor]) -> list[Tensor]:
+        """A call's loss and token losses, as it returns them."""
 
     @abc.abstractmethod
     def record(self, loss: Tensor) -> None:

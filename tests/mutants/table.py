@@ -23,6 +23,7 @@ TOPK = f"tests/test_torch_backend.py tests/test_topk_loss.py {FUZZ}"
 FULL = f"tests/test_torch_backend.py tests/test_full_loss.py {FUZZ}"
 LINEAR = "tests/test_linear_losses.py tests/test_head_gradients.py tests/test_linear_autograd.py"
 LISTS = "tests/test_head_lists.py"
+OTHERS = "tests/test_other_losses.py"
 MICRO = "tests/test_micro_batches.py"
 RANKS = "tests/test_ranks.py"
 SHARDS = "tests/test_vocab_parallel.py"
@@ -155,6 +156,14 @@ PYTHON = [
     Mutant("first denominator kept", "drift_gate/losses/accumulation.py", "self._reference.size / self._size", "1.0", MICRO),
     Mutant("an empty first micro-batch measures", "drift_gate/losses/accumulation.py", "torch.where(measures, a, b)", "a", MICRO),
     Mutant("nothing forgotten after a step", "drift_gate/losses/accumulation.py", "        self.reset()\n        return loss", "        return loss", MICRO),
+    Mutant("a sum with another loss is not seen", "drift_gate/losses/watch.py", "watch.summed_with(leaves)", "pass", OTHERS),
+    Mutant("another backward is not seen", "drift_gate/losses/watch.py", "not watch.running", "False", OTHERS),
+    Mutant("every backward is another", "drift_gate/losses/watch.py", "self.running += 1", "self.running += 0", OTHERS),
+    Mutant("a backward without end", "drift_gate/losses/watch.py", "self.running -= 1", "pass", OTHERS),
+    Mutant("gradients of before are not seen", "drift_gate/losses/watch.py", " and leaf.grad.any()", " and False", OTHERS),
+    Mutant("parameters that no loss reaches", "drift_gate/losses/watch.py", "name not in self._reached and", "False and", OTHERS),
+    Mutant("hooks are left behind", "drift_gate/losses/watch.py", "hooks.pop().remove()", "hooks.pop()", OTHERS),
+    Mutant("two normalisers are one", "drift_gate/losses/watch.py", "if len(watches) > 1:", "if False:", OTHERS),
     Mutant("mean gate inverted", "drift_gate/parallel/scope.py", "torch.exp(call.log_quotient(everyone))", "torch.exp(everyone.log_quotient(call))", RANKS),
     Mutant("ranks not weighed by tokens", "drift_gate/parallel/scope.py", "log_means + tokens.log()", "log_means", RANKS + " tests/test_micro_batches.py"),
     Mutant("a rank's own denominator", "drift_gate/parallel/scope.py", "    if counted:\n", "    if False:\n", RANKS),
