@@ -20,6 +20,20 @@ class GateOutput(NamedTuple):
     """gate_mean_raw, gate_min, gate_max, gate_ess, drift_abs, drift_signed: scalars."""
 
 
+class TopKOutput(NamedTuple):
+    """The K likeliest words of each position: what `topk_loss` takes of a teacher. Detached.
+
+    An entry without a word has the id -1 and the log-prob -inf: where K exceeds V, on positions
+    outside the response mask, and in the place of words that have no mass (a logit of -inf).
+    """
+
+    ids: Tensor
+    """[..., K] int64, the likeliest word first; of equally likely ones the smaller id."""
+    log_probs: Tensor
+    """[..., K] in nats, of the full softmax: float32 (float64 for float64). NaN in a row that holds
+    a NaN or +inf or is all -inf, which lists the first K words."""
+
+
 class LossOutput(NamedTuple):
     """Result of a loss function.
 

@@ -71,8 +71,11 @@ NOT_TAKEN = {
     **dict.fromkeys(("full_loss", "gate_weights"), VOCABULARY),
     "linear_full_loss": VOCABULARY | {"teacher_head.chunk_size"},
     **dict.fromkeys(("linear_opd_loss", "linear_topk_loss"), VOCABULARY),
-    **dict.fromkeys(("token_log_probs", "gather_lse"), BATCH),
-    **dict.fromkeys(("linear_token_log_probs", "linear_gather_lse"), BATCH | VOCABULARY),
+    **dict.fromkeys(("token_log_probs", "gather_lse", "top_k_log_probs"), BATCH),
+    **dict.fromkeys(
+        ("linear_token_log_probs", "linear_gather_lse", "linear_top_k_log_probs"),
+        BATCH | VOCABULARY,
+    ),
 }
 """Fields of objects that a function takes, but which mean nothing to it or are tested elsewhere."""
 

@@ -77,6 +77,8 @@ def touch_entries(x: torch.Tensor, out: torch.Tensor, at_end: bool) -> None:
     ids = torch.tensor([[0, vocab - 1, 0], [vocab - 1, 0, vocab - 1]])
     ids, on = pages.place(ids.int(), torch.ones(2, dtype=torch.bool))
     gathered, _, top, log_sum, _ = native.scan(x, ids, on, 1.0, False)
+    for k in (1, vocab, vocab + 3):
+        native.select(x, k, on, 1.0)
     ids[1, 1], ids[0, 2] = vocab, -1  # write nothing
     for alpha in (torch.ones(2), torch.zeros(2)):
         row_data = pages.place(top, log_sum, gathered, alpha, torch.ones(2, 3))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.calls import leaves_of, step_of, tensors_of
+from support.calls import WITHOUT_GRADIENT, leaves_of, step_of, tensors_of
 from support.judge import FUSED
 from support.problems import move
 from torch.library import opcheck
@@ -35,6 +35,8 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("linear_full_loss", {"reduction": "none"}),
     ("linear_token_log_probs", {}),
     ("linear_gather_lse", {}),
+    ("top_k_log_probs", {"response_mask": torch.ones(2, 9)}),
+    ("linear_top_k_log_probs", {}),
 ]
 SETTINGS = [*((backend, torch.bfloat16) for backend in FUSED), ("torch", torch.float64)]
 CHECKS = (
@@ -92,8 +94,9 @@ def test_opcheck(name, options, backend, dtype, monkeypatch):
 @EACH_CALL
 @pytest.mark.parametrize(("backend", "dtype"), SETTINGS, ids=str)
 def test_opcheck_of_the_backward(name, options, backend, dtype, monkeypatch):
-    if name == "gate_weights":
-        assert not ops()["weights"].differentiable  # and has none
+    if name in WITHOUT_GRADIENT:
+        op, _ = called(name, options, dtype, monkeypatch)
+        assert not op.differentiable  # and has none
         return
     op, x = called(name, options | {"backend": backend}, dtype, monkeypatch)
     backward = getattr(torch.ops.drift_gate, f"{op.name}_backward").default

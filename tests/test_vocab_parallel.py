@@ -118,9 +118,23 @@ def functions_of(
         if not name and extra:
             dist.all_reduce(grads[0])
         parts = dict(log_probs=log_probs, entropy=entropy, z=z, lse=lse, of_hidden=grads[0])
+        parts |= lists_of(name, student, whole.mask, **extra)
         found |= {name + key: x.detach() for key, x in parts.items()}
         found[name + "of_weight"] = grads[1]
     return found
+
+
+def lists_of(name: str, student: tuple, mask: Tensor, **extra: Any) -> dict[str, Tensor]:
+    """Lists of more words than a shard has, and than there are; and of logits with equal ones, with
+    a NaN, and without any mass."""
+    function = getattr(dg, f"{name}top_k_log_probs")
+    lists = {k: function(*student, k, response_mask=mask, **extra) for k in (1, 23, VOCAB + 2)}
+    if not name:
+        rounded = student[0].detach().round()
+        rounded[1] = -torch.inf
+        rounded[2, :, 0] = torch.nan
+        lists["rounded"] = function(rounded, 9, temperature=0.5, **extra)
+    return {f"{k} {part}": x for k, y in lists.items() for part, x in y._asdict().items()}
 
 
 def excluded(whole: Whole) -> Tensor:
@@ -341,7 +355,7 @@ def test_ranks_that_disagree():
 
 
 def test_the_ops_pass_opcheck():
-    assert of_ranks(2, opchecks) == [8, 8]
+    assert of_ranks(2, opchecks) == [10, 10]
 
 
 def test_bytes_on_the_wire():

@@ -203,7 +203,7 @@ def outputs_of(out: Any, upstream: str, choices: Choices) -> tuple[Results, Tens
         named = {"result": out}
     elif hasattr(out, "_asdict"):
         named = out._asdict()
-        metrics = named.pop("metrics")
+        metrics = named.pop("metrics", {})
     else:
         named = {str(i): x for i, x in enumerate(out)}
     objective = None

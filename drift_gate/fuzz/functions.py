@@ -4,7 +4,8 @@ A function's problem is its `student` (what carries the logits) and the `rest` o
 Its reference is the function itself with backend="reference", unless it has one of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from .. import (
     opd_loss,
     reference,
     token_log_probs,
+    top_k_log_probs,
     topk_loss,
 )
 from ..choices import ADVANTAGES, DIRECTIONS, ESTIMATORS, FULL_DIRECTIONS, GRANULARITIES, SUPPORTS
@@ -32,6 +34,7 @@ from .heads import draw_headed, headed, known_log_probs, two_heads
 from .options import Arguments, Asked, Rows, Student, draw_gated, draw_rows, draw_student, row_data
 from .parts import divided, in_parts, undivided
 from .shapes import place
+from .top_k import NOT_ASKED, through_head, top_k
 from .values import draw_dtype, draw_logits, draw_specials
 
 CLIPS = {
@@ -51,6 +54,8 @@ class Function(NamedTuple):
     student: Callable[[Choices], Any] = draw_student
     reference: Callable[..., Any] | None = None
     """Takes the same arguments; None: `call` with backend="reference"."""
+    not_asked: Mapping[str, float] = MappingProxyType({})
+    """What results hold in rows that were not asked for, where that is not 0."""
 
 
 def opd(choose: Choices, student: Student) -> Asked:
@@ -230,11 +235,16 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "linear_token_log_probs": Function(linear_token_log_probs, headed(log_probs), _unpacked_head),
     "linear_gather_lse": Function(linear_gather_lse, lse, _unpacked_head),
+    "top_k_log_probs": Function(
+        in_parts(top_k_log_probs), divided(top_k, ("words",)), _unpacked, not_asked=NOT_ASKED
+    ),
+    "linear_top_k_log_probs": Function(through_head, top_k, _unpacked_head, not_asked=NOT_ASKED),
     "gate_weights": Function(
         in_parts(gate_weights),
         divided(without_logits.gate_rest, ROWS),
         without_logits.draw_positions,
         undivided(reference.gate_weights),
+        {"block_ids": -1.0},
     ),
     "newline_spans": Function(
         newline_spans,

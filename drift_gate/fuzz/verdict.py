@@ -63,7 +63,7 @@ def _inputs(problem: Problem) -> Iterator[tuple[str, Tensor]]:
 
 
 def _rows_not_asked_for(problem: Problem, got: Results) -> list[str]:
-    """Results of invalid rows are exactly 0."""
+    """Results of invalid rows are exactly 0, or what stands for nothing."""
     if problem.valid is None or problem.valid.all():
         return []
     found = []
@@ -72,9 +72,9 @@ def _rows_not_asked_for(problem: Problem, got: Results) -> list[str]:
             continue
         if x.shape[: problem.valid.dim()] != problem.valid.shape:
             continue
-        wanted = -1 if name == "block_ids" else 0
+        wanted = problem.function.not_asked.get(name, 0.0)
         if (x.cpu()[~problem.valid] != wanted).any():
-            found.append(f"{name}: not {wanted} in a row that is not valid")
+            found.append(f"{name}: not {wanted:g} in a row that is not valid")
     return found
 
 

@@ -145,3 +145,37 @@ def from_owners(found: Tensor, ids: Tensor, shard: Shard, words: int) -> Tensor:
     theirs = own(shard, ids, words) < 0
     everyones = sum_ranks(torch.where(theirs, 0, found), shard.group)
     return everyones.masked_fill(is_bad(ids, shard.total), torch.nan)
+
+
+def likeliest(
+    found: tuple[Tensor, Tensor, Tensor], scale: float, shard: Shard
+) -> tuple[Tensor, Tensor]:
+    """ids and log-probs [N, K] as `TopKOutput` has them, from each rank's `select`."""
+    ids, logits, log_sum = _joined_lists(found, scale, shard) if shard.group else found
+    log_probs = (logits - logits[:, :1]).mul_(scale).sub_(log_sum[:, None])
+    log_probs.masked_fill_(ids < 0, -torch.inf)
+    undefined = ~log_sum.isfinite()[:, None]
+    first = torch.arange(ids.shape[1], device=ids.device)
+    first = torch.where(first < shard.total, first, -1)
+    ids = torch.where(undefined, first, ids)
+    return ids, log_probs.masked_fill_(undefined & (ids >= 0), torch.nan)
+
+
+def _joined_lists(
+    found: tuple[Tensor, Tensor, Tensor], scale: float, shard: Shard
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The lists of whole rows: two collectives, of 12 K + 4 bytes a row and rank."""
+    ids, logits, log_sum = found
+    ids = torch.where(ids < 0, ids, ids + shard.first)
+    every = gather_ranks(torch.cat([logits, log_sum[:, None]], 1), shard.group)
+    ids = gather_ranks(ids, shard.group).transpose(0, 1).flatten(1)
+    top = every[:, :, 0].amax(0)
+    shift = torch.where(top == -torch.inf, 0, top)
+    share = torch.exp((every[:, :, 0] - shift) * scale + every[:, :, -1])
+    # Ranks come in the order of their words, so that equal ones stay in that of their ids.
+    logits = every[:, :, :-1].transpose(0, 1).flatten(1)
+    logits, place = logits.sort(descending=True, stable=True)
+    k = found[0].shape[1]
+    # Rows that are not valid have no word, and every log_sum is 0; those all -inf have it so.
+    total = torch.where(top == -torch.inf, every[:, :, -1].sum(0), share.sum(0).log())
+    return ids.gather(1, place[:, :k]), logits[:, :k], total

@@ -14,6 +14,7 @@ from ..kernels.sparse import gather as head_gather
 from . import torch as plain
 from .rules import Finished, GateRule, PositionRule, ReduceRule, RowData, Weights
 from .torch import gather
+from .torch.select import largest
 
 LONGEST_PAIRED = 512  # beyond it the kernel, which compares entries in pairs, is slower than a sort
 
@@ -26,6 +27,7 @@ __all__ = [
     "gather",
     "head_gather",
     "scan",
+    "select",
     "sum_words",
     "topk_rows",
     "topk_support",
@@ -56,6 +58,17 @@ def valid_rows(
         return response_mask != 0
     valid = labels != ignore_index
     return valid if response_mask is None else valid.logical_and_(response_mask)
+
+
+def select(
+    logits: Tensor, k: int, valid: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `torch.select`. Invalid rows are read, as the host does not know which they are."""
+    ids, values = largest(logits, k, None)
+    if valid is not None:
+        ids.masked_fill_(~valid[:, None], -1)
+        values.masked_fill_(~valid[:, None], -torch.inf)
+    return ids, values, scan(logits, ids.new_zeros(len(ids), 1), valid, scale, False)[3]
 
 
 def weigh(data: RowData, gate: GateRule, given: Tensor | None = None) -> Weights:

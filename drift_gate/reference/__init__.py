@@ -20,13 +20,13 @@ from typing import Any
 from torch import Tensor
 
 from ..options import Head, as_head, as_reduction
-from ..outputs import LossOutput
+from ..outputs import LossOutput, TopKOutput
 from .full import student_full_loss
 from .gate import gate_weights
 from .linear import from_head, head_logits
 from .lists import student_topk_loss
 from .sampled import student_opd_loss
-from .vocabulary import from_logits, student_gather_lse, student_log_probs
+from .vocabulary import from_logits, student_gather_lse, student_log_probs, student_top_k
 
 
 def token_log_probs(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -37,6 +37,11 @@ def token_log_probs(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Ten
 def gather_lse(logits: Tensor, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """`drift_gate.gather_lse`."""
     return student_gather_lse(from_logits(logits), ids, **options)
+
+
+def top_k_log_probs(logits: Tensor, k: int, **options: Any) -> TopKOutput:
+    """`drift_gate.top_k_log_probs`."""
+    return student_top_k(from_logits(logits), k, **options)
 
 
 def linear_token_log_probs(
@@ -51,6 +56,13 @@ def linear_gather_lse(
 ) -> tuple[Tensor, Tensor]:
     """`drift_gate.linear_gather_lse`."""
     return student_gather_lse(from_head(hidden_states, head), ids, **options)
+
+
+def linear_top_k_log_probs(
+    hidden_states: Tensor, head: Head | Tensor, k: int, **options: Any
+) -> TopKOutput:
+    """`drift_gate.linear_top_k_log_probs`."""
+    return student_top_k(from_head(hidden_states, head), k, **options)
 
 
 def opd_loss(
@@ -152,8 +164,10 @@ __all__ = [
     "linear_gather_lse",
     "linear_opd_loss",
     "linear_token_log_probs",
+    "linear_top_k_log_probs",
     "linear_topk_loss",
     "opd_loss",
     "token_log_probs",
+    "top_k_log_probs",
     "topk_loss",
 ]

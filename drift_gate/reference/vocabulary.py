@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..outputs import TopKOutput
+
 
 class Student(NamedTuple):
     """Where the student's logits come from."""
@@ -92,3 +94,28 @@ def student_gather_lse(
     lse = (z - top).logsumexp(-1) + top[..., 0]
     ids = ids.long().clone()  # autograd saves no tensor made in inference mode
     return z.gather(-1, ids), torch.where(lse == torch.inf, torch.nan, lse)
+
+
+def student_top_k(
+    student: Student,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    response_mask: Tensor | None = None,
+) -> TopKOutput:
+    """`drift_gate.top_k_log_probs`: a stable sort leaves equal logits in the order of their ids."""
+    valid = torch.ones(student.shape, dtype=torch.bool, device=student.device)
+    if response_mask is not None:
+        valid = response_mask != 0
+    logits = student.logits(valid, valid).detach()
+    vocab = logits.shape[-1]
+    ids = logits.sort(dim=-1, descending=True, stable=True).indices
+    log_p = scaled(logits, temperature).log_softmax(-1)
+    undefined = log_p.isnan().any(-1, keepdim=True)
+    ids = torch.where(undefined, torch.arange(vocab, device=ids.device), ids)[..., :k]
+    log_probs = log_p.gather(-1, ids)
+    missing = ~valid[..., None] | (~undefined & (logits.gather(-1, ids) == -torch.inf))
+    ids, log_probs = ids.masked_fill(missing, -1), log_probs.masked_fill(missing, -torch.inf)
+    beyond = (0, max(k - vocab, 0))
+    pad = torch.nn.functional.pad
+    return TopKOutput(pad(ids, beyond, value=-1), pad(log_probs, beyond, value=-torch.inf))

@@ -15,8 +15,10 @@ from .problems import draw, draw_topk
 
 LOSSES = tuple(name for name in dg.__all__ if name.endswith("_loss"))
 OTHERS = "token_log_probs", "gather_lse", "linear_token_log_probs", "linear_gather_lse"
-FUNCTIONS = (*LOSSES, *OTHERS, "gate_weights")
-WORDS = 21
+TOP_K = "top_k_log_probs", "linear_top_k_log_probs"
+WITHOUT_GRADIENT = ("gate_weights", *TOP_K)
+FUNCTIONS = (*LOSSES, *OTHERS, *WITHOUT_GRADIENT)
+WORDS, WANTED = 21, 3
 
 
 def arguments_of(name: str, *shape: int) -> tuple[Any, ...]:
@@ -29,11 +31,14 @@ def arguments_of(name: str, *shape: int) -> tuple[Any, ...]:
         return logits.logits, logits.labels
     if name == "gather_lse":
         return logits.logits, ids
+    if name == "top_k_log_probs":  # the number of words is an option: see step_of
+        return (logits.logits,)
     if name.startswith("linear_"):
         form = name.removeprefix("linear_").removesuffix("_loss")
         problem = draw_head(form if form in FORMS else "opd", *shape, vocab=WORDS)
         labels = problem.rest[0]
         rest = {"token_log_probs": [labels], "gather_lse": [labels[..., None]]}
+        rest["top_k_log_probs"] = []
         return problem.hidden, problem.head, *rest.get(form, problem.rest)
     if name == "topk_loss":
         return draw_topk(*shape, WORDS, k=3).arguments()
@@ -43,6 +48,8 @@ def arguments_of(name: str, *shape: int) -> tuple[Any, ...]:
 def step_of(name: str, **options: Any) -> Callable[..., Tensor]:
     """A function of `tensors_of`: the loss, or the sum of the results."""
     function = getattr(dg, name)
+    if name in TOP_K:
+        options = {"k": WANTED} | options
 
     def step(first: Tensor, *rest: Any) -> Tensor:
         if name.startswith("linear_"):
@@ -74,5 +81,5 @@ def tensors_of(name: str, *shape: int) -> list[Tensor]:
 
 def leaves_of(name: str, tensors: list[Tensor]) -> list[Tensor]:
     """Those that a loss has gradients in, which now require them."""
-    count = 0 if name == "gate_weights" else 3 if name.startswith("linear_") else 1
+    count = 0 if name in WITHOUT_GRADIENT else 3 if name.startswith("linear_") else 1
     return [x.requires_grad_() for x in tensors[:count]]

@@ -20,7 +20,7 @@ from .divergence import divergence, divergence_grad
 from .rows import finish, valid_rows, weigh
 from .tensors import KINDS
 from .topk import topk_rows, topk_support
-from .vocabulary import expand, gather, scan
+from .vocabulary import expand, gather, scan, select
 
 __all__ = [
     "KINDS",
@@ -33,6 +33,7 @@ __all__ = [
     "head_gather",
     "instruction_set",
     "scan",
+    "select",
     "sum_words",
     "takes",
     "topk_rows",

@@ -20,6 +20,17 @@ struct scan {
     float *entropy;              /* [N], or NULL */
 };
 
+struct select {
+    struct rows logits;
+    int64_t vocab;
+    double scale;
+    const uint8_t *valid; /* [N], or NULL for all */
+    int64_t words;        /* K */
+    int64_t *ids;         /* [N, K] */
+    float *chosen;        /* [N, K]: their logits */
+    float *log_sum;       /* [N] */
+};
+
 struct expand {
     struct rows logits, out;
     int64_t vocab;

@@ -9,6 +9,7 @@ ROWS = "Pqqqq"  # data, stride of a batch, of a row, T, kind
 
 # As jobs.h has them.
 SCAN = struct.Struct(f"@{ROWS} qd PPqq PPPPP")
+SELECT = struct.Struct(f"@{ROWS} qd Pq PPP")
 EXPAND = struct.Struct(f"@{ROWS}{ROWS} qd PPqq PPPPP")
 DIVERGENCE = struct.Struct(f"@{ROWS}{ROWS} qqdddq PPq PPPP")
 DIVERGENCE_GRAD = struct.Struct(f"@{ROWS}{ROWS}{ROWS} qqqdddq PPP")
@@ -22,6 +23,7 @@ TOPK = struct.Struct("@qq PPPPP PP qqd")
 
 SIZES = {
     "scan": SCAN.size,
+    "select": SELECT.size,
     "expand": EXPAND.size,
     "divergence": DIVERGENCE.size,
     "divergence_grad": DIVERGENCE_GRAD.size,

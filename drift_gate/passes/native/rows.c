@@ -31,6 +31,7 @@ enum { NO_MEMORY = -1 }; /* functions return this, 0, or what is wrong with thei
 #include "jobs.h"
 #include "sums.h"
 #include "topk_sums.h"
+#include "candidates.h"
 
 /* The functions of rows.h for several instruction sets, and the name of the best. */
 
@@ -75,6 +76,7 @@ int64_t drift_gate_size(const char *job)
         int64_t size;
     } sizes[] = {
         {"scan", sizeof(struct scan)},
+        {"select", sizeof(struct select)},
         {"expand", sizeof(struct expand)},
         {"divergence", sizeof(struct divergences)},
         {"divergence_grad", sizeof(struct divergence_slopes)},

@@ -3,6 +3,7 @@
 #include "arithmetic.h"
 #include "tiles.h"
 #include "scan.h"
+#include "select.h"
 #include "expand.h"
 #include "divergence.h"
 #include "topk.h"

@@ -1,12 +1,15 @@
-"""The passes over one vocabulary in C: `scan`, `gather`, `expand`, as in `torch_passes`."""
+"""The passes over one vocabulary in C: `scan`, `gather`, `select`, `expand`."""
 
 import torch
 from torch import Tensor
 
+from ..torch.select import select as by_sorting
 from . import errors
-from .jobs import EXPAND, SCAN
+from .jobs import EXPAND, SCAN, SELECT
 from .library import run
 from .tensors import CPU, FLOAT32, INT64, booleans, floats, listed, rows_of
+
+LARGEST_VOCABULARY = (1 << 32) - 1  # whose ids `select` can compare
 
 
 def scan(
@@ -61,6 +64,25 @@ def _read(
     bad = run("scan", job, n, words + k)
     if bad:
         raise errors.id_outside(ids, bad - 1, vocab)
+
+
+def select(
+    logits: Tensor, k: int, valid: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids [N, K] int64, logits [N, K] and log_sum [N]: see `torch.select`; one read."""
+    n, vocab = logits.shape[0] * logits.shape[1], logits.shape[2]
+    if vocab > LARGEST_VOCABULARY:
+        return by_sorting(logits, k, valid, scale)
+    ids = torch.empty(n, k, dtype=INT64, device=CPU)
+    chosen = torch.empty(n, k, dtype=FLOAT32, device=CPU)
+    log_sum = torch.empty(n, dtype=FLOAT32, device=CPU)
+    _mask, mask_at = booleans(valid, n)
+    job = SELECT.pack(
+        *rows_of(logits, n), vocab, scale, mask_at, k, ids.data_ptr(), chosen.data_ptr(),
+        log_sum.data_ptr(),
+    )  # fmt: skip
+    run("select", job, n, vocab + k)
+    return ids, chosen, log_sum
 
 
 def expand(

@@ -6,6 +6,7 @@ result.
 
 from .divergence import divergence, divergence_grad
 from .rows import finish, valid_rows, weigh
+from .select import select
 from .sparse import by_word, head_gather, sum_words, weigh_words
 from .topk import topk_rows, topk_support
 from .vocabulary import expand, gather, scan
@@ -19,6 +20,7 @@ __all__ = [
     "gather",
     "head_gather",
     "scan",
+    "select",
     "sum_words",
     "topk_rows",
     "topk_support",

@@ -1,0 +1,105 @@
+"""`linear_top_k_log_probs`: the likeliest words, from hidden states and LM head."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..call.op import Op, Tensors
+from ..head.check import HeadRule, head_facts, local_head, take_head
+from ..head.select import select_head
+from ..options import Head, Parallel, check_groups
+from ..outputs import TopKOutput
+from ..parallel.agreement import meeting
+from ..parallel.words import Shard, likeliest
+from ..passes.backends import passes_of
+from .handing import head_inputs
+from .top_k_log_probs import empty_lists, take_rows, valid_of
+
+
+def linear_top_k_log_probs(
+    hidden_states: Tensor,
+    head: Head | Tensor,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    response_mask: Tensor | None = None,
+    parallel: Parallel | None = None,
+    backend: str = "auto",
+) -> TopKOutput:
+    """`top_k_log_probs` of the logits that a head makes, a chunk of rows at a time.
+
+    One product of N V H multiplications, for the rows that are wanted alone; nothing [tokens, V] is
+    kept. Words are in the order of the logits as the product is rounded.
+
+    Args:
+        hidden_states, head, parallel: as in `linear_token_log_probs`. They get no gradient.
+        k, temperature, response_mask, backend: as in `top_k_log_probs`; the mask has the leading
+            shape of hidden_states.
+
+    Returns:
+        TopKOutput: ids and log-probs [..., K], as `top_k_log_probs` has them.
+
+    Raises:
+        ValueError, TypeError: as in `top_k_log_probs`.
+    """
+    check_groups("linear_top_k_log_probs", parallel, "vocab_parallel_group")
+    hidden_states, head, shard = local_head(hidden_states, head, parallel)
+    with meeting(parallel, None, "" if shard is None else shard.group) as ranks:
+        ranks.expect(hidden_states)
+        inputs, student, chosen = take_head(hidden_states, head, temperature, backend, shard)
+        k, mask = take_rows(
+            k, response_mask, student.shape, student.device, student.of, ranks, chosen
+        )
+        if ranks.any:
+            facts = head_facts(head, inputs.rule)
+            ranks.tell(student.shape, temperature=temperature, k=k, **facts)
+    if chosen == "reference":
+        from .. import reference
+
+        return reference.linear_top_k_log_probs(
+            hidden_states, head, k, temperature=temperature, response_mask=response_mask
+        )
+    bias = None if inputs.bias is None else inputs.bias.detach()
+    weights = inputs.hidden.detach(), inputs.weight.detach(), bias
+    ids, log_probs = LINEAR_TOP_K(Listing(*weights, mask, k, inputs.rule, inputs.shard, chosen))
+    return TopKOutput(ids.view(*student.shape, k), log_probs.view(*student.shape, k))
+
+
+class Listing(NamedTuple):
+    """Of the op."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    mask: Tensor | None  # [N]
+    k: int
+    rule: HeadRule
+    shard: Shard
+    backend: str
+
+
+def _forward(x: Listing) -> Tensors:
+    valid = valid_of(x.backend, x.mask)
+    found = select_head(passes_of(x.backend), head_inputs(x), x.k, valid)
+    return likeliest(found, x.rule.scale, x.shard)
+
+
+def _backward(x: Listing, *rest: Any) -> list[Tensor | None]:
+    return []
+
+
+def _empty(x: Listing) -> Tensors:
+    return empty_lists(x.hidden, x.hidden.shape[0], x.k)
+
+
+LINEAR_TOP_K = Op(
+    "linear_top_k",
+    Listing,
+    _forward,
+    _backward,
+    _empty,
+    outputs=("ids", "log_probs"),
+    grads=0,
+    differentiable=(),
+    keep=(),
+)
