@@ -40,6 +40,12 @@ def scan(case: Case, k: int, *, with_entropy: bool = False) -> Floor:
     return Floor(logits * case.itemsize + case.rows * row, SCAN_FLOPS * logits)
 
 
+def top_k(case: Case) -> Floor:
+    """One read of the logits; an id (int64) and a log-prob written for each listed word."""
+    logits = case.rows * case.vocab
+    return Floor(logits * case.itemsize + case.rows * case.k * (8 + 4), SCAN_FLOPS * logits)
+
+
 def expand(case: Case, k: int, *, read: bool = True) -> Floor:
     """One write of the gradient, and one read of the logits unless alpha is 0."""
     logits = case.rows * case.vocab

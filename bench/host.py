@@ -167,6 +167,16 @@ def _log_probs(name: str, logits: bool) -> Entry:
     return Entry(name, make)
 
 
+def _top_k(name: str, *arguments: str) -> Entry:
+    function = getattr(drift_gate, name)
+
+    def make(x: Inputs) -> Calls:
+        given = [getattr(x, argument).detach() for argument in arguments]
+        return lambda: function(*given, x.ids.shape[-1], **x.backend)
+
+    return Entry(name, make, "forward alone")
+
+
 _SAMPLED = "labels", "old", "old"
 _LISTED = "labels", "old", "ids", "log_q"
 OURS = (
@@ -185,6 +195,8 @@ OURS = (
         "linear_gather_lse",
         lambda x: _gather(drift_gate.linear_gather_lse, x.hidden, x.weight, x=x),
     ),
+    _top_k("top_k_log_probs", "logits"),
+    _top_k("linear_top_k_log_probs", "hidden", "weight"),
 )
 ENTRIES = (
     Entry(UNIT, _unit),

@@ -34,6 +34,7 @@ Options = dict[str, Any]
 BY_TOKENS = {"reduction.mode": "token-mean"}
 BY_SEQUENCES = {"reduction.mode": "seq-mean-token-sum-norm"}
 TOLD: dict[str, tuple[Any, Any, Options]] = {
+    "k": (3, 4, {}),
     "labels": (..., None, {"gate": None, "old_log_probs": None}),
     "old_log_probs": (..., None, {"gate": None}),
     "position_ids": (PLACES, None, {}),
@@ -117,6 +118,7 @@ def call(name: str, option: str, value: Any, group: Options) -> None:
     """The function with this value of the option."""
     signature = inspect.signature(getattr(dg, name)).parameters
     arguments = dict(zip(signature, arguments_of(name, *SHAPE), strict=False))
+    arguments |= {"k": 3} if "k" in signature else {}
     arguments |= {k: form() for k, form in OBJECTS.items() if k in signature and k not in arguments}
     changed = {k: x for k, x in TOLD[option][2].items() if k.partition(".")[0] in signature}
     changed |= {} if value is ... else {option: value}

@@ -51,7 +51,7 @@ def linear_top_k_log_probs(
             k, response_mask, student.shape, student.device, student.of, ranks, chosen
         )
         if ranks.any:
-            facts = head_facts(head, inputs.rule)
+            facts = head_facts("head", head, inputs.rule)
             ranks.tell(student.shape, temperature=temperature, k=k, **facts)
     if chosen == "reference":
         from .. import reference

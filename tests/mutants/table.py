@@ -33,6 +33,8 @@ GUARDS = "tests/test_native_guards.py"  # first: the others would die of a write
 NATIVE = f"{GUARDS} tests/test_native_passes.py tests/test_native.py"
 NATIVE_ROWS = f"{GUARDS} tests/test_native_rows.py"
 NATIVE_TOPK = f"{GUARDS} tests/test_native_topk.py"
+NATIVE_SELECT = f"{GUARDS} tests/test_top_k_log_probs.py"
+SELECT = "tests/test_top_k_log_probs.py"
 K_SCAN = "tests/test_kernels_vocabulary.py"
 K_ROWS = "tests/test_kernels_fuzz.py tests/test_kernels_opd.py"
 K_TOPK = "tests/test_kernels_fuzz.py tests/test_kernels_topk.py"
@@ -47,6 +49,7 @@ PASS = "drift_gate/passes/torch/vocabulary.py"
 DIVERGENCE = "drift_gate/passes/torch/divergence.py"
 TORCH_TOPK = "drift_gate/passes/torch/topk.py"
 TORCH_SPARSE = "drift_gate/passes/torch/sparse.py"
+TORCH_SELECT = "drift_gate/passes/torch/select.py"
 CHECK = "drift_gate/head/check.py"
 SUMS = "drift_gate/head/sums.py"
 WALK = "drift_gate/head/walk.py"
@@ -54,7 +57,8 @@ SPARSE = "drift_gate/head/sparse.py"
 HANDING = "drift_gate/losses/handing.py"
 CALL = "drift_gate/call/rows.py"
 WORDS = "drift_gate/parallel/words.py"
-ATEN = ROWS, BLOCKS, PASS, DIVERGENCE, TORCH_TOPK, TORCH_SPARSE  # tested as without a C compiler
+# Tested as without a C compiler.
+ATEN = ROWS, BLOCKS, PASS, DIVERGENCE, TORCH_TOPK, TORCH_SPARSE, TORCH_SELECT
 
 PYTHON = [
     # the fused head
@@ -128,6 +132,16 @@ PYTHON = [
     Mutant("entropy's sign", PASS, "entropy[at] = total.log() - mean", "entropy[at] = total.log() + mean", PASSES),
     Mutant("not shifted by the maximum", PASS, "        z.sub_(top[:, None])\n", "        pass\n", PASSES),
     Mutant("lse's gradient dropped", "drift_gate/losses/log_probs.py", "torch.zeros_like(maximum) if of_lse is None else of_lse.reshape(-1)", "torch.zeros_like(maximum)", PASSES),
+    # the likeliest words
+    Mutant("the last of the words at the border", TORCH_SELECT, "word + vocab, word + 2 * vocab", "2 * vocab - 1 - word, word + 2 * vocab", SELECT),
+    Mutant("words without mass listed", TORCH_SELECT, ".masked_fill_(values == -torch.inf, NOTHING)", "", SELECT),
+    Mutant("lists by id", TORCH_SELECT, "x.gather(1, ids).sort(descending=True, stable=True)", "(x.gather(1, ids), torch.arange(k).expand_as(ids))", SELECT),
+    Mutant("log-probs not scaled", WORDS, ".mul_(scale).sub_(log_sum", ".sub_(log_sum", SELECT),
+    Mutant("a row without mass has no words", WORDS, "undefined = ~log_sum.isfinite()", "undefined = log_sum.isnan()", SELECT),
+    Mutant("words of a shard from 0", WORDS, "ids + shard.first)", "ids)", SHARDS),
+    Mutant("a shard's share not scaled", WORDS, "torch.exp((every[:, :, 0] - shift) * scale +", "torch.exp((every[:, :, 0] - shift) +", SHARDS),
+    Mutant("rows of no shard without a softmax", WORDS, "torch.where(top == -torch.inf, every[:, :, -1].sum(0), share.sum(0).log())", "share.sum(0).log()", SHARDS),
+    Mutant("scale of a head forgotten", "drift_gate/head/select.py", "None, head.rule.scale)", "None, 1.0)", SELECT),
     # top K and full
     Mutant("teacher and student swapped in the mixture", TORCH_TOPK, "m = beta * q + (1 - beta) * p", "m = beta * p + (1 - beta) * q", TOPK),
     Mutant("renormalised slope without its mean", TORCH_TOPK, "slope = g - p * g.sum(-1, keepdim=True)", "slope = g", TOPK),
@@ -197,6 +211,10 @@ def _native_topk(name: str, file: str, old: str, new: str, nth: int = 0) -> Muta
     return _native(name, file, old, new, nth, NATIVE_TOPK)
 
 
+def _native_select(name: str, file: str, old: str, new: str, nth: int = 0) -> Mutant:
+    return _native(name, file, old, new, nth, NATIVE_SELECT)
+
+
 C = [
     _native("subnormal halves read as normal", "arithmetic.h", "exponent == 0 ? NAME(to_bits)(subnormal) : found", "found"),
     _native("subnormal halves written as normal", "arithmetic.h", "size < 113u << 23 ? subnormal : found", "found"),
@@ -234,6 +252,14 @@ C = [
     _native("an entry beyond the words written", "expand.h", "id < job->vocab", "id <= job->vocab"),
     _native("a table that loses entries", "lists.h", "slot = (slot + 1) & last", "slot = slot & last, of.slots[slot] = 0"),
     _native("rows between tasks left out", "rows.c", "rows - first < size ? rows : first + size", "rows - first < size ? rows : first + size - 1"),
+    _native_select("zeros of both signs apart", "candidates.h", "logit = logit == 0 ? 0 : logit;", ";"),
+    _native_select("negative logits the wrong way round", "candidates.h", "u = u >> 31 ? ~u : u | 0x80000000u;", "u = u | 0x80000000u;"),
+    _native_select("a border above its word", "candidates.h", "logit_of(x[last])", "logit_of(x[0])"),
+    _native_select("candidates not divided", "candidates.h", "high = j;", "break;"),
+    _native_select("the room left unsorted", "candidates.h", "if (all->count > all->most)", "if (0)"),
+    _native_select("sums of logits without the scale", "select.h", "tile[i] *= scale;", ";"),
+    _native_select("invalid rows listed", "select.h", "job->valid && !job->valid[row] ? 0 : job->vocab", "job->vocab"),
+    _native_select("words counted in their tile", "select.h", "at + i + lane[f]", "i + lane[f]"),
     _native_rows("ignored labels valid", "valid.h", "in && !(job->labels && label == job->ignore_index)", "in"),
     _native_rows("masks of halves unchecked", "valid.h", "kind == MASK_FLOAT16 ? 0x3c00 : 0x3f80", "kind == MASK_FLOAT16 ? 0x3800 : 0x3f80"),
     _native_rows("borders that fall", "valid.h", "if (id_at(borders, wide, i) < id_at(borders, wide, i - 1))", "if (0)"),
