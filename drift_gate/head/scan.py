@@ -24,7 +24,7 @@ def scan_head(
     """
     common = Common(run, head, None, size, with_entropy)
     (n, k) = ids.shape
-    rows = _parts(valid, n, size)
+    rows = parts_of(valid, n, size)
     buffer = new_buffer(head, longest(rows))
     if len(rows) == 1 and isinstance(rows[0], slice):  # all of them
         chunk = Chunk(common, rows[0], ids, buffer)
@@ -53,7 +53,7 @@ def expand_head(
     size = head.rule.chunk_size
     common = Common(run, head, None, size, False)
     sums = Sums(head, needs, False, backend)
-    parts = _parts(valid, len(ids), size)
+    parts = parts_of(valid, len(ids), size)
     buffer = new_buffer(head, longest(parts))
     for rows in parts:
         chunk = Chunk(common, rows, take(ids, rows), buffer)
@@ -76,5 +76,6 @@ def check_ids(ids: Tensor, valid: Tensor | None, vocab: int) -> None:
         )
 
 
-def _parts(valid: Tensor | None, n: int, size: int) -> list[Rows]:
+def parts_of(valid: Tensor | None, n: int, size: int) -> list[Rows]:
+    """Chunks of the valid rows; None: of all."""
     return (all_rows(n, size) if valid is None else chunks(valid, size)) or []

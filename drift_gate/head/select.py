@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 
 from .check import HeadInputs
-from .chunks import all_rows, chunks, put, take
+from .chunks import longest, put, take
 from .logits import logits_of, new_buffer
+from .scan import parts_of
 
 
 def select_head(
     run: Any, head: HeadInputs, k: int, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ids and logits [N, K], log_sum [N] of this rank's words; valid None: all rows."""
-    n, size = len(head.hidden), head.rule.scan_size
-    buffer = new_buffer(head, size)
+    n = len(head.hidden)
+    parts = parts_of(valid, n, head.rule.scan_size)
+    buffer = new_buffer(head, longest(parts))
     dtype = torch.promote_types(buffer.dtype, torch.float32)
     ids = torch.full((n, k), -1, dtype=torch.int64, device=buffer.device)
     results = (
@@ -23,7 +25,7 @@ def select_head(
         buffer.new_full((n, k), -torch.inf, dtype=dtype),
         buffer.new_zeros(n, dtype=dtype),
     )
-    for rows in all_rows(n, size) if valid is None else chunks(valid, size) or []:
+    for rows in parts:
         logits = logits_of(head, take(head.hidden, rows), buffer)
         found = run.select(logits[None], k, None, head.rule.scale)
         for result, part in zip(results, found, strict=True):
