@@ -29,10 +29,18 @@ class DriftGate:
         aggregate: "mean" (paper; opposite drifts in a block cancel), "mean_abs", "rms", "max_abs".
         normalize: over what the weights have unit mean: the whole "batch" of the call (paper), each
             "sequence", or "none" for the raw gates.
+        sample_every: the drift of a block is measured at its first valid position and every
+            `sample_every`-th valid one after it. The aggregate is that of the measured drifts;
+            every valid position still weighs what its block does, and counts in the unit mean.
+            Elsewhere `drift` is NaN, the gate reads no log-prob, and metrics of the drift
+            (`drift_abs`, `drift_signed`, `ppo_kl`) are means over the measured positions. Losses
+            over lists with the renormalised support then need a logsumexp at those alone: see
+            `topk_loss`. A "token" is a block of its own, and always measured.
 
     Raises:
-        ValueError, TypeError: an option is unknown, `block_size` is not a positive integer, or
-            `tau` is negative or not finite. NumPy's scalars are numbers, bools are not.
+        ValueError, TypeError: an option is unknown, `block_size` or `sample_every` is not a
+            positive integer, or `tau` is negative or not finite. NumPy's scalars are numbers, bools
+            are not.
     """
 
     granularity: Granularity = "block"
@@ -40,21 +48,24 @@ class DriftGate:
     tau: float = 1.0
     aggregate: Aggregate = "mean"
     normalize: Normalize = "batch"
+    sample_every: int = 1
 
     def __post_init__(self) -> None:
         for name, options in _OPTIONS.items():
             value = getattr(self, name)
             if value not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}; got {value!r}")
-        if not _is(numbers.Integral, self.block_size):
-            raise TypeError(f"block_size must be an int; got {self.block_size!r}")
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be at least 1; got {self.block_size}")
+        for name in ("block_size", "sample_every"):
+            value = getattr(self, name)
+            if not _is(numbers.Integral, value):
+                raise TypeError(f"{name} must be an int; got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+            object.__setattr__(self, name, int(value))
         if not _is(numbers.Real, self.tau):
             raise TypeError(f"tau must be a number; got {self.tau!r}")
         if not (0 <= self.tau < math.inf):
             raise ValueError(f"tau must be finite and at least 0; got {self.tau}")
-        object.__setattr__(self, "block_size", int(self.block_size))
         object.__setattr__(self, "tau", float(self.tau))
 
 

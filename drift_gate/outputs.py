@@ -13,7 +13,8 @@ class GateOutput(NamedTuple):
     weights: Tensor
     """w: float32, unit mean over the valid positions, 0 on the others."""
     drift: Tensor
-    """d = old_log_probs - log_probs in nats: float32, 0 on invalid positions."""
+    """d = old_log_probs - log_probs in nats: float32, 0 on invalid positions, NaN on valid ones at
+    which it is not measured (`DriftGate.sample_every`)."""
     block_ids: Tensor
     """int64, numbered 0, 1, ... in the order in which blocks begin; -1 on invalid positions."""
     metrics: Metrics
@@ -46,11 +47,13 @@ class LossOutput(NamedTuple):
     token_loss: Tensor
     """Gated loss w * L of every position, before `loss_agg_mode`."""
     log_probs: Tensor
-    """Current log-prob of each label, in nats."""
+    """Current log-prob of each label, in nats; NaN where it was not computed, which happens with
+    `DriftGate.sample_every` and lists alone: see `topk_loss`."""
     gate: Tensor
     """Weight w of every position; 1 on valid positions where no gate is used."""
     drift: Tensor
-    """old_log_probs - log_probs, in nats; 0 where no old log-probs are given."""
+    """old_log_probs - log_probs, in nats; 0 where no old log-probs are given, NaN on valid
+    positions at which it is not measured (`DriftGate.sample_every`)."""
     entropy: Tensor | None
     """Entropy of the student's distribution in nats, where asked for."""
     metrics: Metrics

@@ -1,7 +1,7 @@
 """`row_blocks`: policy drift, reduced over the block of every row (arXiv 2606.24084).
 
     d_t = old_logp_t - logp_t              drift of row t
-    a_t = | aggregate of d over the valid rows of t's block |
+    a_t = | aggregate of d over the measured rows of t's block |: all valid ones, or some of them
     r_t = exp(- mean of d over them)       the block's ratio (GSPO, arXiv 2507.18071)
 
 A block here is an interval of rows inside one sequence: `size` rows counted from the sequence's
@@ -120,26 +120,34 @@ def _drift(now, old, valid, j, hi):
 
 
 @triton.jit
-def _reduce(now, old, valid, lo, hi, AGGREGATE: tl.constexpr, LANES: tl.constexpr):
-    """Of the valid rows in [lo, hi): |aggregate|, mean drift, how many, and the first."""
+def _reduce(now, old, valid, measured, lo, hi, AGGREGATE: tl.constexpr, LANES: tl.constexpr):
+    """Of the valid rows in [lo, hi): |aggregate| of those measured, mean drift, how many, and the
+    first."""
     FAR_: tl.constexpr = FAR
     total = 0.0
     largest = 0.0
     signed = 0.0
     count = lo * 0
+    drifts = count
     leader = count + FAR_
     at = lo
     while at < hi:
         j = at + tl.arange(0, LANES)
         d, live = _drift(now, old, valid, j, hi)
-        here, top = measure(d, live, 0, AGGREGATE)
+        seen = live
+        if measured is not None:
+            seen = tl.load(measured + j, mask=live, other=0) != 0
+            drifts += tl.sum(seen.to(tl.int32), 0)
+        here, top = measure(d, seen, 0, AGGREGATE)
         total, largest = joined(total, largest, here, top, AGGREGATE)
         signed += tl.sum(d, 0)
         count += tl.sum(live.to(tl.int32), 0)
         leader = tl.minimum(leader, tl.min(tl.where(live, j, FAR_), 0))
         at += LANES
+    if measured is None:
+        drifts = count
     mean = signed / tl.maximum(count.to(tl.float32), 1.0)
-    return aggregated(total, largest, count, AGGREGATE), mean, count, leader
+    return aggregated(total, largest, drifts, AGGREGATE), mean, count, leader
 
 
 @triton.jit
@@ -187,6 +195,7 @@ def _row_blocks(
     now,  # [N] float32
     old,  # [N] float32, or None: neither drift nor ratio is wanted
     valid,  # [N] uint8
+    measured,  # [N] uint8: which of the valid rows enter the block drift; None: all
     cu_seqlens,  # [n_sequences + 1] int32 or int64, or None: sequences of `length` rows
     table,  # [2 or 5, N] float32 out, of the valid rows: with GATE block drift in row 0, with
     #         RATIO their block's log-ratio in row 1, with COUNT rows of their sequence in row 3
@@ -239,7 +248,7 @@ def _row_blocks(
         mean = 0.0
         leader = lo
         if (GATE and not TOKEN) or RATIO:
-            a, mean, rows, leader = _reduce(now, old, valid, lo, hi, AGGREGATE, LANES)
+            a, mean, rows, leader = _reduce(now, old, valid, measured, lo, hi, AGGREGATE, LANES)
             a = held(a, HELD)
             if TALLY:
                 least = tl.where(rows == 0, float("inf"), a)
@@ -335,6 +344,7 @@ def reduce_blocks(
     plan: Plan,
     data: Any,  # `RowData`
     valid: Tensor,  # [N] uint8
+    measured: Tensor | None,  # [N] uint8
     table: Tensor,
     first: Tensor,
     parts: Tensor,
@@ -344,7 +354,7 @@ def reduce_blocks(
 ) -> None:
     """Launch `_row_blocks`, which has the shapes."""
     launch(
-        _row_blocks, (plan.programs,), data.now, data.old, valid,
+        _row_blocks, (plan.programs,), data.now, data.old, valid, measured,
         data.cu_seqlens if plan.packed else None, table, first, parts, *plan.numbers,
         n_parts, first_part, tau, **plan.options,
     )  # fmt: skip

@@ -22,14 +22,14 @@ METRICS = (
     "valid_tokens",
     "floored",
 )
-SUMS = tl.constexpr(12)  # rows of a column of `sums`; see `statistics_of`
+SUMS = tl.constexpr(13)  # rows of a column of `sums`; see `statistics_of`
 WHOLE = tl.constexpr(3)  # numbers of the whole call that follow the columns
 
 
 @triton.jit
-def statistics_of(raw, weight, drift, live, loss, clipped, floored, GATE: tl.constexpr):
+def statistics_of(raw, weight, drift, live, seen, loss, clipped, floored, GATE: tl.constexpr):
     """What a tile's rows leave: loss, raw, share, squares, unit, least, most, |drift|, drift,
-    clipped, kl, floored. share, squares: of the weights in units of `unit`."""
+    clipped, kl, floored, measured. share, squares: of the weights in units of `unit`."""
     TINY_: tl.constexpr = TINY
     unit = 1.0
     if GATE == "given" or GATE == "none":  # squares of small weights may be none of float32's
@@ -49,6 +49,7 @@ def statistics_of(raw, weight, drift, live, loss, clipped, floored, GATE: tl.con
         tl.sum(clipped.to(tl.float32), 0),
         tl.sum(kl, 0),
         tl.sum(floored.to(tl.float32), 0),
+        tl.sum(seen.to(tl.float32), 0),
     )
 
 
@@ -64,11 +65,17 @@ def conclude(
     GATE: tl.constexpr,
     DENOMINATOR: tl.constexpr,
     HELD: tl.constexpr,
+    SAMPLED: tl.constexpr,  # not all valid rows are measured
 ):
     """Store what the sums over all rows give."""
-    loss, raw, share, squares, _, least, most, drift_abs, drift, clipped, kl, floored = statistics
+    loss, raw, share, squares, _, least, most, drift_abs, drift, clipped, kl, floored, seen = (
+        statistics
+    )
     some = n_valid > 0
     over = 1.0 / tl.maximum(n_valid.to(tl.float32), 1.0)
+    over_drifts = over
+    if SAMPLED:
+        over_drifts = 1.0 / tl.maximum(seen, 1.0)
     # Minima and maxima drop NaN, the sum keeps it.
     known = share == share
     least = tl.where(some, tl.where(known, least, share), 0.0)
@@ -78,10 +85,10 @@ def conclude(
     tl.store(out + 2, least)
     tl.store(out + 3, most)
     tl.store(out + 4, tl.where(squares == 0.0, 0.0, share / squares * share * over))
-    tl.store(out + 5, drift_abs * over)
-    tl.store(out + 6, drift * over)
+    tl.store(out + 5, drift_abs * over_drifts)
+    tl.store(out + 6, drift * over_drifts)
     tl.store(out + 7, clipped * over)
-    tl.store(out + 8, kl * over)
+    tl.store(out + 8, kl * over_drifts)
     tl.store(out + 9, n_valid.to(tl.float32))
     tl.store(out + 10, floored)
     peak = most.to(tl.float64) * 0.0
@@ -127,6 +134,7 @@ def _total(
     GATE: tl.constexpr,
     DENOMINATOR: tl.constexpr,
     HELD: tl.constexpr,
+    SAMPLED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """Add up the columns that the programs left, and conclude."""
@@ -170,10 +178,12 @@ def _total(
         tl.sum(tl.where(one == 9, sums_of_rows, 0.0), 0),
         tl.sum(tl.where(one == 10, sums_of_rows, 0.0), 0),
         tl.sum(tl.where(one == 11, sums_of_rows, 0.0), 0),
+        tl.sum(tl.where(one == 12, sums_of_rows, 0.0), 0),
     )
     whole = sums + SUMS * programs
     n_valid = tl.load(whole).to(tl.int32, bitcast=True)
     begun = tl.load(whole + 1).to(tl.int32, bitcast=True)
     conclude(
-        out, totals, statistics, n_valid, begun, tl.load(whole + 2), tau, GATE, DENOMINATOR, HELD
-    )
+        out, totals, statistics, n_valid, begun, tl.load(whole + 2), tau, GATE, DENOMINATOR, HELD,
+        SAMPLED,
+    )  # fmt: skip

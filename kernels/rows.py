@@ -64,14 +64,15 @@ def finish(
     reduce: Any,
 ) -> tuple[Tensor, ...]:
     """loss [], table [5, N], first [N] int32, metrics [10], totals [4] float64."""
-    valid, now, old, _, borders, length = data
+    valid, now, old, _, borders, length, measured = data
     n_rows, packed = valid.numel(), borders is not None
     length = length or 1
     shape = Shape(n_rows, length, borders.numel() - 1 if packed else n_rows // length, packed)
     rule = None if reduce is None else (reduce.denominator, reduce.token_mean)
-    plan = _plan(shape, old is not None, gate, position, rule, TILES)
+    plan = _plan(shape, old is not None, measured is not None, gate, position, rule, TILES)
     tau, factor = float(gate.tau), 1.0 if reduce is None else float(reduce.factor)
     valid = valid.view(torch.uint8)
+    measured = None if measured is None else measured.view(torch.uint8)
     rows_at = HEAD + plan.scratch
     table_at = rows_at + 4 * ceil_div(n_rows, 4)  # all begin on 16 bytes
     size = table_at + plan.lines * n_rows
@@ -84,18 +85,20 @@ def finish(
     column = 0
     for step, spans, its in zip(plan.reductions, plan.spans, plan.columns, strict=True):
         run = reduce_spans if spans else reduce_blocks
-        run(step, data, valid, table, first, left, plan.n_parts, column, tau)
+        seen = measured if step.options["GATE"] else None  # the ratio is of all valid rows
+        run(step, data, valid, seen, table, first, left, plan.n_parts, column, tau)
         column += its
     if plan.sequences is not None:
         _normalise_sequences(plan, valid, borders, table, shape, tau)
     launch(
-        _sampled_token, (plan.programs,), now, old, target, valid,
+        _sampled_token, (plan.programs,), now, old, target, valid, measured,
         given if plan.options["GATE"] == "given" else None, row_weights, first, table, left, out,
         totals, n_rows, plan.n_parts, tau, factor, *plan.bounds, **plan.options,
     )  # fmt: skip
     if plan.programs > 1:
         launch(
-            _total, (1,), left, out, totals, plan.n_parts, plan.programs, tau, **plan.last
+            _total, (1,), left, out, totals, plan.n_parts, plan.programs, tau,
+            SAMPLED=measured is not None, **plan.last,
         )  # fmt: skip
     loss, metrics = out.as_strided((), (), 8), out.as_strided((OUT - 1,), (1,), 9)
     return loss, table, first, metrics, totals
@@ -105,6 +108,7 @@ def finish(
 def _plan(
     shape: Shape,
     drifting: bool,
+    sampled: bool,  # not all valid rows have a drift
     gate: Any,
     position: Any,
     reduce: tuple[str, bool] | None,
@@ -114,7 +118,9 @@ def _plan(
     weighing = gate.normalize if n_rows and (drifting or gate.normalize == "given") else "off"
     tile = tiles.rows if n_rows > tiles.alone else max(128, power_of_2(n_rows))
     programs = max(1, ceil_div(n_rows, tile))
-    units = _units(weighing, drifting, gate, position, reduce, programs) if n_rows else []
+    units = []
+    if n_rows:
+        units = _units(weighing, drifting, sampled, gate, position, reduce, programs)
     held = gate.part and weighing == "batch" and gate.tau > 0
     spans = tuple(unit.granularity == "span" for unit in units)
     plans = tuple(
@@ -171,6 +177,7 @@ def _loss_options(position: Any) -> dict[str, Any]:
 def _units(
     weighing: str,
     drifting: bool,
+    sampled: bool,
     gate: Any,
     position: Any,
     reduce: tuple[str, bool] | None,
@@ -179,20 +186,21 @@ def _units(
     """What must be reduced before the rows are weighed; the first unit counts the valid rows."""
     denominator, count = reduce or ("given", False)
     begun = denominator == "sequences"
-    wanted: dict[tuple[str, int], dict[str, bool]] = {}
+    wanted: dict[tuple[str, int, bool], dict[str, bool]] = {}  # the last: of measured rows alone
     if weighing not in ("off", "given"):
-        wanted.setdefault(_blocks(gate.granularity, gate.block_size), {})["gate"] = True
+        blocks = _blocks(gate.granularity, gate.block_size)
+        wanted.setdefault((*blocks, sampled), {})["gate"] = True
     if position is not None and position.estimator in RATIOS and drifting:
         blocks = _blocks(position.ratio, gate.block_size)
         if blocks[0] != "token":
-            wanted.setdefault(blocks, {})["ratio"] = True
+            wanted.setdefault((*blocks, False), {})["ratio"] = True
     if count or begun:
-        plain = next((blocks for blocks in wanted if blocks[0] != "span"), ("token", 1))
+        plain = next((blocks for blocks in wanted if blocks[0] != "span"), ("token", 1, False))
         wanted.setdefault(plain, {}).update(count=count, begun=begun)
     if not wanted and programs > 1:
-        wanted["token", 1] = {}
+        wanted["token", 1, False] = {}
     return [
-        Unit(*blocks, gate.aggregate, tally=i == 0, **purposes)
+        Unit(*blocks[:2], gate.aggregate, tally=i == 0, **purposes)
         for i, (blocks, purposes) in enumerate(wanted.items())
     ]
 

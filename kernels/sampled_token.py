@@ -162,6 +162,7 @@ def _sampled_token(
     old,  # [N] float32, or None
     target,  # [N] float32: see `position.py`; None: the weights alone are wanted
     valid,  # [N] uint8
+    measured,  # [N] uint8: which of the valid rows have a drift; None: all
     given,  # [N] float32: the weights with GATE "given"
     row_weights,  # [N] float32, or None
     first,  # [N] int32: with BLOCKS first valid row of each valid row's block; all rows are written
@@ -208,9 +209,13 @@ def _sampled_token(
     new = tl.load(now + row, mask=live, other=0.0)
     before = new
     drift = tl.zeros([TILE], tl.float32)
+    seen = live
     if old is not None:
         before = tl.load(old + row, mask=live, other=0.0)
         drift = before - new
+        if measured is not None:
+            seen = tl.load(measured + row, mask=live, other=0) != 0
+            drift = tl.where(seen, drift, 0.0)
     raw, weight = _weights(given, table, drift_at, row, live, tau, lowest, mean, GATE)
     loss = tl.zeros([TILE], tl.float32)
     clipped = loss
@@ -223,13 +228,19 @@ def _sampled_token(
             TOKEN_MEAN,
         )  # fmt: skip
     tl.store(table + row, weight, mask=inside)
-    tl.store(table + drift_at + row, drift, mask=inside)
+    shown = drift
+    if measured is not None:
+        shown = tl.where(live & ~seen, float("nan"), drift)
+    tl.store(table + drift_at + row, shown, mask=inside)
     if BLOCKS:
         tl.store(first + row, tl.full([TILE], -1, tl.int32), mask=inside & (live == 0))
     else:
         tl.store(first + row, tl.where(live, row, -1), mask=inside)
-    statistics = statistics_of(raw, weight, drift, live, loss, clipped, floored, GATE)
+    statistics = statistics_of(raw, weight, drift, live, seen, loss, clipped, floored, GATE)
     if tl.num_programs(0) == 1:
-        conclude(out, totals, statistics, n_valid, begun, lowest, tau, GATE, DENOMINATOR, HELD)
+        conclude(
+            out, totals, statistics, n_valid, begun, lowest, tau, GATE, DENOMINATOR, HELD,
+            measured is not None,
+        )  # fmt: skip
     else:
         leave(left + 4 * n_parts, statistics, n_valid, begun, lowest)

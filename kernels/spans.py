@@ -25,15 +25,16 @@ from .launch import launch
 
 
 @triton.jit
-def _store_end(ends, end_rows, column, n_tiles, d, row, member, AGGREGATE: tl.constexpr):
+def _store_end(ends, end_rows, column, n_tiles, d, row, seen, member, AGGREGATE: tl.constexpr):
     """A tile's part of the span at one of its ends: see `_span_parts`."""
     FAR_: tl.constexpr = FAR
     live = member & (row != FAR_)
-    total, largest = measure(d, live, 0, AGGREGATE)
+    seen &= live
+    total, largest = measure(d, seen, 0, AGGREGATE)
     tl.store(ends + column, total)
     tl.store(ends + 2 * n_tiles + column, largest)
-    tl.store(ends + 4 * n_tiles + column, tl.sum(tl.where(live, d, 0.0), 0))
-    tl.store(end_rows + column, tl.sum(live.to(tl.int32), 0))
+    tl.store(ends + 4 * n_tiles + column, tl.sum(tl.where(seen, d, 0.0), 0))
+    tl.store(end_rows + column, tl.sum(seen.to(tl.int32), 0))
     tl.store(end_rows + 2 * n_tiles + column, tl.min(tl.where(live, row, FAR_), 0))
 
 
@@ -42,13 +43,15 @@ def _span_parts(
     now,  # [N] float32
     old,  # [N] float32
     valid,  # [N] uint8
+    measured,  # [N] uint8: which of the valid rows are reduced; None: all
     cu_seqlens,  # [n_sequences + 1], or None
     ids,  # [N] int64, sorted
     order,  # [N] int64: which row stands at each place
     drift,  # [N] float32 out: of the row at each place
-    rows,  # [2, N] int32 out: that row, FAR where not valid; the first row of its sequence
+    rows,  # [2 or 3, N] int32 out: that row, FAR where not valid; the first row of its sequence;
+    #        where `measured` is given whether it is
     ends,  # [3, 2, n_tiles] float32 out: total, largest and sum, of the first and the last span
-    end_rows,  # [2, 2, n_tiles] int32 out: their valid rows, and the first of them
+    end_rows,  # [2, 2, n_tiles] int32 out: their measured rows, and the first valid one
     n_rows,
     length,
     n_sequences,
@@ -66,6 +69,10 @@ def _span_parts(
     start = sequence_start(row, cu_seqlens, n_rows, length, n_sequences)
     live = tl.load(valid + row, mask=inside, other=0) != 0
     d = tl.load(old + row, mask=live, other=0.0) - tl.load(now + row, mask=live, other=0.0)
+    seen = live
+    if measured is not None:
+        seen = tl.load(measured + row, mask=live, other=0) != 0
+        tl.store(rows + 2 * n_rows + place, seen.to(tl.int32), mask=inside)
     row = tl.where(live, row, FAR_)
     tl.store(drift + place, d, mask=inside)
     tl.store(rows + place, row, mask=inside)
@@ -76,13 +83,15 @@ def _span_parts(
             at = tl.minimum(TILE, n_rows - tile * TILE) - 1
         same = id == tl.load(ids + tile * TILE + at)
         same &= start == tl.sum(tl.where(lane == at, start, 0), 0)
-        _store_end(ends, end_rows, end * n_tiles + tile, n_tiles, d, row, inside & same, AGGREGATE)
+        column = end * n_tiles + tile
+        _store_end(ends, end_rows, column, n_tiles, d, row, seen, inside & same, AGGREGATE)
 
 
 @triton.jit
-def _pairs(drift, rows, ids, id, start, tile, n_rows, AGGREGATE: tl.constexpr,
-           TILE: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """Of the span at each place, within the tile: total, largest, sum, valid rows, the first."""
+def _pairs(drift, rows, ids, id, start, tile, n_rows, SAMPLED: tl.constexpr,
+           AGGREGATE: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """Of the span at each place, within the tile: total, largest, sum and number of the measured
+    rows, and the first valid one."""
     FAR_: tl.constexpr = FAR
     total = tl.zeros([TILE], tl.float32)
     largest = tl.zeros([TILE], tl.float32)
@@ -97,10 +106,13 @@ def _pairs(drift, rows, ids, id, start, tile, n_rows, AGGREGATE: tl.constexpr,
         member &= tl.load(rows + n_rows + place, mask=inside, other=-1)[None, :] == start[:, None]
         member &= (row != FAR_)[None, :]
         d = tl.load(drift + place, mask=inside, other=0.0)[None, :]
-        here, top = measure(d, member, 1, AGGREGATE)
+        seen = member
+        if SAMPLED:
+            seen &= (tl.load(rows + 2 * n_rows + place, mask=inside, other=0) != 0)[None, :]
+        here, top = measure(d, seen, 1, AGGREGATE)
         total, largest = joined(total, largest, here, top, AGGREGATE)
-        signed += tl.sum(tl.where(member, d, 0.0), 1)
-        count += tl.sum(member.to(tl.int32), 1)
+        signed += tl.sum(tl.where(seen, d, 0.0), 1)
+        count += tl.sum(seen.to(tl.int32), 1)
         leader = tl.minimum(leader, tl.min(tl.where(member, row[None, :], FAR_), 1))
     return total, largest, signed, count, leader
 
@@ -153,6 +165,7 @@ def _span_blocks(
     n_parts,
     first_part,
     tau,
+    SAMPLED: tl.constexpr,  # not all valid rows are measured
     AGGREGATE: tl.constexpr,
     GATE: tl.constexpr,
     RATIO: tl.constexpr,
@@ -172,7 +185,7 @@ def _span_blocks(
     row = tl.load(rows + place, mask=inside, other=FAR_)
     live = row != FAR_
     total, largest, signed, count, leader = _pairs(
-        drift, rows, ids, id, start, tile, n_rows, AGGREGATE, TILE, COLS
+        drift, rows, ids, id, start, tile, n_rows, SAMPLED, AGGREGATE, TILE, COLS
     )
     for end in tl.static_range(2):
         at = tile * TILE
@@ -215,6 +228,7 @@ def reduce_spans(
     plan: Plan,
     data: Any,  # `RowData`
     valid: Tensor,  # [N] uint8
+    measured: Tensor | None,  # [N] uint8
     table: Tensor,
     first: Tensor,
     parts: Tensor,
@@ -225,16 +239,17 @@ def reduce_spans(
     """Sort by id, and launch `_span_parts` and `_span_blocks`."""
     n_rows, tiles = plan.numbers[0], plan.programs
     ids, order = data.spans.sort(stable=True)
-    sizes = [n_rows, 6 * tiles, 2 * n_rows, 4 * tiles]
+    sampled = measured is not None
+    sizes = [n_rows, 6 * tiles, (2 + sampled) * n_rows, 4 * tiles]
     memory = torch.empty(sum(sizes), dtype=torch.float32, device=valid.device)
     drift, ends, rows, end_rows = memory.split_with_sizes(sizes)
     rows, end_rows = rows.view(torch.int32), end_rows.view(torch.int32)
     aggregate, tile = plan.options["AGGREGATE"], plan.options["TILE"]
     launch(
-        _span_parts, (tiles,), data.now, data.old, valid, data.cu_seqlens, ids, order,
+        _span_parts, (tiles,), data.now, data.old, valid, measured, data.cu_seqlens, ids, order,
         drift, rows, ends, end_rows, *plan.numbers, AGGREGATE=aggregate, TILE=tile, num_warps=4,
     )  # fmt: skip
     launch(
         _span_blocks, (tiles,), ids, drift, rows, ends, end_rows, table, first, parts,
-        n_rows, n_parts, first_part, tau, **plan.options,
+        n_rows, n_parts, first_part, tau, SAMPLED=sampled, **plan.options,
     )  # fmt: skip

@@ -176,6 +176,21 @@ def test_lists_that_need_the_whole_softmax(support, chunk, monkeypatch):
         assert reads_of("linear_topk_loss", monkeypatch, chunk, **options) == (expected, 0)
 
 
+def test_rows_at_which_the_drift_is_measured(monkeypatch):
+    """How many there are at most, shapes say; but not of spans."""
+    for gate, expected in (
+        (dg.DriftGate(sample_every=3), 0),
+        (dg.DriftGate("sequence", sample_every=8), 0),
+        (dg.DriftGate("span", sample_every=3), 1),
+    ):
+        spans = torch.zeros(ROWS, dtype=torch.int64, device="meta")
+        options = {"gate": gate, "span_ids": spans if gate.granularity == "span" else None}
+        for name, once in (("topk_loss", 0), ("linear_topk_loss", expected)):
+            assert reads_of(name, monkeypatch, ignore_index=None, **options) == (once, 0)
+            masked = {"response_mask": True, **options}
+            assert reads_of(name, monkeypatch, **masked) == (name.startswith("linear"), 0)
+
+
 def test_borders_of_sequences_and_spans_are_read_where_chunks_end_at_them(monkeypatch):
     spans = torch.zeros(ROWS, dtype=torch.int64, device="meta")
     gate = dg.DriftGate("span")

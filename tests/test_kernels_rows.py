@@ -9,10 +9,10 @@ import math
 
 import pytest
 import torch
-from drift_gate.kernels import row_sums, rows
+from drift_gate.kernels import measured, row_sums, rows
 from support.launches import record_launches, refused
 from support.numerics import assert_as_good_as
-from support.row_truth import GateRule, PositionRule, ReduceRule, RowData
+from support.row_truth import GateRule, PositionRule, ReduceRule, RowData, measured_rows
 from support.row_truth import finish as truth_of
 from torch import Tensor
 
@@ -66,8 +66,11 @@ def check(
     for name, x, y in zip(NAMES, got, again, strict=True):
         assert torch.equal(x.nan_to_num(7), y.nan_to_num(7)), name
     assert torch.equal(got[2].cpu(), truth[2])
+    unseen = truth[1][4].isnan() if data.measured is not None else torch.zeros_like(data.valid)
+    assert got[1][4].cpu()[unseen].isnan().all()
     for i, name in enumerate(("weight", "token_loss", "slope", "coefficient", "drift")):
-        assert_as_good_as(got[1][i].cpu(), eager[1][i], truth[1][i], name=name)
+        x, y, z = (q[i].masked_fill(unseen, 0) for q in (got[1].cpu(), eager[1], truth[1]))
+        assert_as_good_as(x, y, z, name=name)
     losses = (torch.cat([x[1][1], x[0][None]]) for x in (tuple(y.cpu() for y in got), eager, truth))
     assert_as_good_as(*losses, name="loss")
     # How far the terms of a signed mean cancel is chance: it is judged beside the largest of them.
@@ -159,6 +162,45 @@ def test_gates(kernels_on_cpu, gate, cut, tiles):
     else:
         data, target = draw(140, 70)
     check(kernels_on_cpu, data, target, gate)
+
+
+@pytest.mark.parametrize("cut", ["padded", "packed"])
+@pytest.mark.parametrize("gate", GATES, ids=str)
+def test_measured_rows(kernels_on_cpu, gate, cut, tiles, monkeypatch):
+    """Every 3rd row: blocks cross 32 lanes and a span's rows tiles; unmeasured ones hold NaN."""
+    tiles(places=32, lanes=32, walk=64)
+    monkeypatch.setattr(measured, "TILES", rows.TILES)
+    borders = (0, 17, 17, 100, 140) if cut == "packed" else ()
+    data, target = draw(140, 0 if borders else 70, borders=borders)
+    gate = gate._replace(sample_every=3)
+    seen = measured_rows(data, gate)
+    if gate.granularity in ("block", "sequence"):
+        found = measured.measured_rows(moved(data, kernels_on_cpu), gate)
+        assert torch.equal(found.cpu(), seen)
+    data.now[data.valid & ~seen] = torch.nan
+    check(kernels_on_cpu, data._replace(measured=seen), target, gate, PositionRule("given"))
+
+
+@pytest.mark.parametrize("granularity", ["block", "span", "sequence"])
+def test_measured_rows_beside_a_ratio(kernels_on_cpu, granularity, tiles):
+    """The ratio is of all valid rows of a unit, the gate of the measured ones; many programs."""
+    tiles(alone=32, rows=16, sums=4, programs=20, places=32)
+    data, target = draw(150, borders=(0, 17, 17, 100, 150))
+    gate = GateRule(granularity, 20, "rms", sample_every=4)
+    data = data._replace(measured=measured_rows(data, gate))
+    position = PositionRule("ppo", 0.02, 0.03, ratio=granularity)
+    for denominator in ("tokens", "sequences"):
+        check(kernels_on_cpu, data, target, gate, position, ReduceRule(1.0, denominator, True))
+    given = torch.rand(150, generator=torch.Generator().manual_seed(1))
+    check(kernels_on_cpu, data, target, GateRule(normalize="given"), position, given=given)
+
+
+def test_measured_rows_without_any(kernels_on_cpu):
+    data, _ = draw(8, 4, masked=1.1)
+    for gate in (GateRule(sample_every=2), GateRule("sequence", sample_every=2)):
+        assert not measured.measured_rows(moved(data, kernels_on_cpu), gate).any()
+    empty = RowData(*(x[:0] if isinstance(x, Tensor) else x for x in data))
+    assert len(measured.measured_rows(moved(empty, kernels_on_cpu), GateRule())) == 0
 
 
 @pytest.mark.parametrize("normalize", ["batch", "sequence", "none", "off", "given"])

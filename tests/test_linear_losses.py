@@ -66,6 +66,8 @@ def test_float64_is_exact(form, options):
         {"gate": DriftGate(normalize="none", tau=0.5)},
         {"gate": DriftGate(tau=30.0, aggregate="mean_abs")},  # the sums move to lower shifts
         {"gate": DriftGate(block_size=7, aggregate="max_abs")},
+        {"gate": DriftGate(sample_every=5)},
+        {"gate": DriftGate("sequence", sample_every=8, aggregate="rms"), "chunk_size": 64},
     ],
     ids=str,
 )

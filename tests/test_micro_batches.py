@@ -18,6 +18,7 @@ GATES = {
     "spans, rms": dg.DriftGate("span", aggregate="rms", tau=3.0),
     "mean by sequence": dg.DriftGate("token", normalize="sequence"),
     "raw": dg.DriftGate("sequence", normalize="none"),
+    "sampled": dg.DriftGate(block_size=5, sample_every=2),
     "none": None,
 }
 MODES = (

@@ -34,13 +34,17 @@ CASES |= {
     "tokens": ("opd", False, dg.DriftGate("token", aggregate="mean_abs"), {}),
     "mean by sequence": ("opd", True, dg.DriftGate(block_size=4, normalize="sequence"), {}),
     "raw": ("opd", False, dg.DriftGate(block_size=4, normalize="none"), {}),
+    "sampled": ("topk", True, dg.DriftGate(block_size=5, sample_every=3), {}),
+    "sampled logits": ("topk", False, dg.DriftGate("span", sample_every=2), {}),
     "ungated": ("opd", True, None, {"estimator": "k3"}),
     "sums": ("opd", True, GATE, {"reduction": "token-sum"}),
     "given tokens": ("opd", False, GATE, {"reduction": dg.Reduction(batch_num_tokens=99.0)}),
     "sequence sums": ("opd", False, GATE, {"reduction": "seq-mean-token-sum"}),
     "sequence means": ("opd", True, GATE, {"reduction": "seq-mean-token-mean"}),
 }
-FEWER = ("topk", "full, linear", "opd, linear", "spans", "mean by sequence", "sequence means")
+FEWER = (
+    "topk", "full, linear", "opd, linear", "spans", "mean by sequence", "sequence means", "sampled",
+)  # fmt: skip
 Result = tuple[Tensor, Tensor]  # a loss and the gradient of the head
 
 

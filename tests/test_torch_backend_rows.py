@@ -76,7 +76,8 @@ def weights_by_hand(data: RowData, gate: GateRule) -> tuple[Tensor, Tensor, Tens
     drift = data.old.double() - data.now.double()
     for row, unit in enumerate(units):
         if unit:
-            a[row], first[row] = block_drift(drift[unit], gate.aggregate), unit[0]
+            seen = unit[:: gate.sample_every]
+            a[row], first[row] = block_drift(drift[seen], gate.aggregate), unit[0]
     weight = torch.where(data.valid, torch.exp(-gate.tau * a), 0)
     groups = {"none": [], "batch": [data.valid.nonzero()[:, 0].tolist()]}.get(gate.normalize)
     for rows in unit_rows(data, "sequence", 1) if groups is None else groups:
@@ -88,16 +89,24 @@ def weights_by_hand(data: RowData, gate: GateRule) -> tuple[Tensor, Tensor, Tens
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("normalize", ["batch", "sequence", "none"])
-def test_weigh(granularity: str, aggregate: str, normalize: str) -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_weigh(granularity: str, aggregate: str, normalize: str, every: int) -> None:
     for packed in (False, True):
         data, _ = draw(packed=packed)
-        gate = GateRule(granularity, 3, aggregate, 1.7, normalize, False)
-        got = passes.weigh(data, gate)
+        gate = GateRule(granularity, 3, aggregate, 1.7, normalize, False, every)
+        units = unit_rows(data, granularity, 3)
+        seen = torch.tensor([row in unit[::every] for row, unit in enumerate(units)])
+        unseen = data.valid & ~seen
+        assert unseen.any() == (every > 1 and granularity != "token")
+        assert torch.equal(passes.measured_rows(data, gate), seen)
         weight, a, first = weights_by_hand(data, gate)
+        drifts = torch.where(data.valid, data.old - data.now, 0).masked_fill(unseen, NAN)
+        data.now[unseen] = INF  # not read
+        got = passes.weigh(data, gate)
         torch.testing.assert_close(got.weight, weight)
-        torch.testing.assert_close(got.drift, torch.where(data.valid, data.old - data.now, 0))
+        torch.testing.assert_close(got.drift, drifts, equal_nan=True)
         assert torch.equal(got.first, first)
-        w, drift = weight[data.valid], (data.old - data.now)[data.valid]
+        w, drift = weight[data.valid], drifts[seen]
         raw = torch.exp(-gate.tau * a[data.valid])
         n = len(w)
         metrics = [
@@ -110,7 +119,8 @@ def test_weigh(granularity: str, aggregate: str, normalize: str) -> None:
         assert tokens == size == n
         mean = raw.mean().log().item() if normalize == "batch" else 0.0
         assert peak + log_mean == pytest.approx(mean)
-        assert peak == (-gate.tau * a[data.valid].min() if normalize == "batch" else 0)
+        lowest = -gate.tau * float(a[data.valid].min()) if normalize == "batch" else 0.0
+        assert peak == pytest.approx(lowest, rel=1e-12)
 
 
 def loss_by_hand(

@@ -119,6 +119,19 @@ def test_trains_on_its_own_rollouts(tmp_path, loss):
     assert names <= {name.removeprefix("drift_gate/") for name in trainer.state.log_history[0]}
 
 
+def test_a_gate_that_samples_logs_finite_numbers(tmp_path):
+    options = {"loss": "topk", "teacher_top_k": 5, "gate_block_size": 4, "max_steps": 2}
+    whole, _ = run(tmp_path, **options)
+    trainer, steps = run(tmp_path, gate_sample_every=3, **options)
+    assert trainer.gate.sample_every == 3
+    assert all(step["lm_head.weight"].isfinite().all() for step in steps)
+    drift = metric(trainer, "drift_gate/drift_abs")
+    assert drift[0] < 1e-5 < 1e-3 < drift[1]
+    # The first step's model and tokens are the same: the mean over some of them is near.
+    entropies = [metric(x, "entropy")[0] for x in (whole, trainer)]
+    assert entropies[0] != entropies[1] == pytest.approx(entropies[0], abs=0.2)
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_buffer_serves_its_epochs_and_is_scored_once(tmp_path, streamed):
     """Buffers of two optimiser steps, two epochs: four steps a buffer, and then a fresh one."""

@@ -169,7 +169,18 @@ def divergence(
 MASSES = "student_mass", "teacher_mass", "overlap", "without_support", "duplicate_words"
 
 
-def masses(rows: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
-    """The metrics MASSES of a loss over lists, [5]; tokens []: the valid rows."""
+def masses(
+    rows: Tensor, tokens: Tensor, counts: Tensor, read: Tensor | None, entropy: Tensor
+) -> Tensor:
+    """The metrics MASSES of a loss over lists, [5]; tokens []: the valid rows.
+
+    read [N] bool: the valid rows of which more is known than their list, where these are not all:
+    then [6], the last the mean of their entropy [N] (or [0]).
+    """
     means = rows[1:].sum(-1).div_(tokens.clamp(min=1))
-    return torch.cat([means, counts.to(means.dtype)])
+    if read is None:
+        return torch.cat([means, counts.to(means.dtype)])
+    over = read.sum().clamp(min=1)
+    means[0] = torch.where(read, rows[1], 0).sum() / over
+    total = torch.where(read, entropy, 0).sum() if len(entropy) else torch.zeros_like(means[0])
+    return torch.cat([means, counts.to(means.dtype), (total / over)[None]])

@@ -229,10 +229,12 @@ def _gate(
 
 
 def gate_rule(gate: DriftGate, part: bool) -> GateRule:
-    """A `DriftGate` as the row functions take it."""
+    """A `DriftGate` as the row functions take it; blocks of one row are measured there."""
+    single = gate.granularity == "token" or (gate.granularity, gate.block_size) == ("block", 1)
     return GateRule(
-        gate.granularity, gate.block_size, gate.aggregate, float(gate.tau), gate.normalize, part
-    )
+        gate.granularity, gate.block_size, gate.aggregate, float(gate.tau), gate.normalize, part,
+        1 if single else gate.sample_every,
+    )  # fmt: skip
 
 
 def _spans(

@@ -22,25 +22,69 @@ from ..passes.rules import (
     ReduceRule,
     RowData,
     Weights,
+    samples,
 )
 from .rows import RowInputs
 
 SUM = ReduceRule(1.0, "given", False)
 
 
-def data_of(rows: RowInputs, valid: Tensor, now: Tensor) -> RowData:
+def data_of(rows: RowInputs, valid: Tensor, now: Tensor, measured: Tensor | None = None) -> RowData:
     """What the row functions take of every row."""
-    return RowData(valid, now, rows.old, rows.spans, rows.cu_seqlens, rows.length)
+    return RowData(valid, now, rows.old, rows.spans, rows.cu_seqlens, rows.length, measured)
+
+
+def is_sampled(rows: RowInputs) -> bool:
+    """Whether the gate measures the drift at some valid rows alone; it depends on options alone."""
+    return rows.gate.sample_every > 1 and rows.old is not None
+
+
+def most_measured(rows: RowInputs) -> int | None:
+    """How many rows `measured_rows` gives at most, from shapes alone; None where these do not say
+    (spans, sequences cut over ranks)."""
+    gate, n, borders = rows.gate, rows.n_rows, rows.cu_seqlens
+    if rows.context or gate.granularity == "span" or not n:
+        return None
+    every, size = gate.sample_every, gate.block_size if gate.granularity == "block" else n
+    if borders is None:  # a sequence has most where all of its rows are valid
+        blocks, rest = divmod(rows.length, size)
+        return n // rows.length * (blocks * -(-size // every) + -(-rest // every))
+    # A whole block has these rows beyond its share, and the last one of a sequence every - 1.
+    beyond = n // size * (-size % every) + (borders.numel() - 1) * (every - 1)
+    return (n + beyond) // every
+
+
+def measured_rows(run: Any, rows: RowInputs, valid: Tensor) -> Tensor | None:
+    """[N] bool: where the gate measures the drift, known without log-probs; None: wherever valid.
+
+    The rows of a block that lies on several ranks are counted over all of them.
+    """
+    if rows.old is None or not is_sampled(rows):
+        return None
+    data = data_of(rows, valid, torch.zeros_like(rows.old))
+    if rows.context:
+        every, _, at = _whole_sequences(rows, data)
+        assert every.measured is not None
+        return every.measured[at]
+    found: Tensor = run.measured_rows(data, rows.gate)
+    return found
 
 
 def finish(
-    run: Any, rows: RowInputs, valid: Tensor, now: Tensor, target: Tensor, position: PositionRule
+    run: Any,
+    rows: RowInputs,
+    valid: Tensor,
+    now: Tensor,
+    target: Tensor,
+    position: PositionRule,
+    measured: Tensor | None = None,
 ) -> Finished:
     """The loss of this call as a part of its batch; `totals` is [2, 4] beside a GateNormalizer.
 
-    now [N]: log-probs of the labels. target [N]: see `passes.rules.PositionRule`.
+    now [N]: log-probs of the labels. target [N]: see `passes.rules.PositionRule`. measured [N]:
+    from `measured_rows`, where the caller needs it too.
     """
-    data = data_of(rows, valid, now)
+    data = data_of(rows, valid, now, measured)
     if rows.context:
         done, call, mine = _cut_sequences(run, rows, data, target, position)
     else:
@@ -86,7 +130,8 @@ def _cut_sequences(
 
     Also the totals of those sequences, which the results are relative to, and this rank's share.
     """
-    gate, given, coefficient, call, begins, raw, numbers = over_sequences(rows, data)
+    gate, given, coefficient, call, begins, raw, numbers, measured = over_sequences(rows, data)
+    data = data._replace(measured=measured)
     done = run.finish(data, gate, given, rows.row_weights, target, position, SUM)
     table = done.table
     table[COEFFICIENT] = coefficient
@@ -104,13 +149,11 @@ def _cut_sequences(
 
 def over_sequences(
     rows: RowInputs, data: RowData
-) -> tuple[GateRule, Tensor | None, Tensor, Totals, Tensor, Tensor | None, Tensor]:
+) -> tuple[GateRule, Tensor | None, Tensor, Totals, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Of this rank's rows: how they weigh ("given"), those weights, their coefficients; the totals
-    of all ranks of the context; how many sequences begin here; the mean raw gate, with a gate; and
-    the numbers of their blocks."""
-    assert rows.positions is not None
-    context = sequences.context_of(rows.positions, rows.cu_seqlens, rows.length, rows.context)
-    every, gate, at = sequences.whole_sequences(context, data, rows.gate)
+    of all ranks of the context; how many sequences begin here; the mean raw gate, with a gate; the
+    numbers of their blocks; and where their drift is measured."""
+    every, gate, at = _whole_sequences(rows, data)
     zeros = torch.zeros_like(every.now)
     everyones = plain.finish(
         every, gate if gate.normalize != "given" else gate._replace(normalize="off"), None, None,
@@ -128,7 +171,19 @@ def over_sequences(
         rule = rule._replace(normalize="given")
         weights = mine[WEIGHT] if weights is None else weights
     numbers = number_blocks(everyones.first)[at]
-    return rule, weights, mine[COEFFICIENT], totals(everyones.totals), begins, raw, numbers
+    measured = None if every.measured is None else every.measured[at]
+    coefficient = mine[COEFFICIENT]
+    return rule, weights, coefficient, totals(everyones.totals), begins, raw, numbers, measured
+
+
+def _whole_sequences(rows: RowInputs, data: RowData) -> tuple[RowData, GateRule, Tensor]:
+    """The rows of all ranks of the context, the gate for them, and where this rank's are [N]."""
+    assert rows.positions is not None
+    context = sequences.context_of(rows.positions, rows.cu_seqlens, rows.length, rows.context)
+    every, gate, at = sequences.whole_sequences(context, data, rows.gate)
+    if samples(every, gate):
+        every = every._replace(measured=plain.measured_rows(every, gate))
+    return every, gate, at
 
 
 def number_blocks(first: Tensor) -> Tensor:

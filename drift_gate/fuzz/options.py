@@ -146,6 +146,7 @@ def draw_gate(choose: Choices, unit: str = "token") -> DriftGate:
         tau=choose("tau", (1.0, 0.0, 0.1, 30.0, 1e6)),
         aggregate=choose("aggregate", AGGREGATES),  # type: ignore[arg-type]
         normalize=choose("normalize", NORMALIZE),  # type: ignore[arg-type]
+        sample_every=choose("sample_every", (1, 2, 3, 8)),
     )
 
 

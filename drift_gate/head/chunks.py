@@ -63,6 +63,12 @@ def cut(valid: Tensor, marks: np.ndarray, size: int, blocks: bool) -> list[Rows]
     return [order[a:b] for a, b in borders]
 
 
+def chunks_of_most(valid: Tensor, most: int, size: int) -> list[Rows]:
+    """Chunks of the valid rows, of which there are at most so many; others fill them up."""
+    order = (~valid).to(torch.int8).argsort(stable=True)
+    return [order[a:b] for a, b in _borders(min(most, len(valid)), size, None) or []]
+
+
 def _borders(count: int, size: int, ends: list[int] | None) -> list[tuple[int, int]] | None:
     """First and last row of each chunk; `ends`, the last of them `count`, are where one may end."""
     parts = max(1, -(-count // size))

@@ -10,21 +10,28 @@ from torch import Tensor
 
 from .check import HeadInputs
 from .chunk_losses import Chunk, Common
-from .chunks import Rows, all_rows, chunks, longest, take
+from .chunks import Rows, all_rows, chunks, chunks_of_most, longest, take
 from .logits import new_buffer
 from .sums import Needs, Sums
 
 
 def scan_head(
-    run: Any, head: HeadInputs, ids: Tensor, valid: Tensor | None, with_entropy: bool, size: int
+    run: Any,
+    head: HeadInputs,
+    ids: Tensor,
+    valid: Tensor | None,
+    with_entropy: bool,
+    size: int,
+    most: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """gathered and log_probs [N, K], maximum and log_sum [N], entropy [N] or [0]; valid None: all.
 
-    size: rows whose logits exist at a time.
+    size: rows whose logits exist at a time. most: how many rows are valid at most, if that is
+    known: then nothing is read, and rows that are not valid may have results as well.
     """
     common = Common(run, head, None, size, with_entropy)
     (n, k) = ids.shape
-    rows = parts_of(valid, n, size)
+    rows = parts_of(valid, n, size, most)
     buffer = new_buffer(head, longest(rows))
     if len(rows) == 1 and isinstance(rows[0], slice):  # all of them
         chunk = Chunk(common, rows[0], ids, buffer)
@@ -76,6 +83,8 @@ def check_ids(ids: Tensor, valid: Tensor | None, vocab: int) -> None:
         )
 
 
-def parts_of(valid: Tensor | None, n: int, size: int) -> list[Rows]:
-    """Chunks of the valid rows; None: of all."""
+def parts_of(valid: Tensor | None, n: int, size: int, most: int | None = None) -> list[Rows]:
+    """Chunks of the valid rows; None: of all. most: as in `scan_head`."""
+    if valid is not None and most is not None:
+        return chunks_of_most(valid, most, size)
     return (all_rows(n, size) if valid is None else chunks(valid, size)) or []

@@ -146,7 +146,8 @@ def block_leaders(work: Work) -> Tensor | None:
         return None
     zeros = work.head.hidden.new_zeros(len(work.valid), dtype=torch.float32)
     data = RowData(work.valid, zeros, zeros, rows.spans, rows.cu_seqlens, rows.length)
-    first: Tensor = work.run.weigh(data, rows.gate._replace(normalize="none")).first
+    gate = rows.gate._replace(normalize="none", sample_every=1)
+    first: Tensor = work.run.weigh(data, gate).first
     return first
 
 

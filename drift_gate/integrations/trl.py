@@ -79,7 +79,7 @@ class GatedDistillationConfig(DistillationConfig):
             clips are low, high, dual and advantage of `Clip`.
         teacher_top_k, support: of "topk"; with beta = 1 and "renormalized" it is LSM.
         gate_granularity: "block", "span" (lines of the response), "token", "sequence", or "off".
-        gate_block_size, gate_tau, gate_aggregate: see `DriftGate`.
+        gate_block_size, gate_tau, gate_aggregate, gate_sample_every: see `DriftGate`.
     """
 
     num_iterations: int = field(
@@ -111,6 +111,10 @@ class GatedDistillationConfig(DistillationConfig):
     gate_tau: float = field(default=1.0, metadata={"help": "Inverse temperature of the gate."})
     gate_aggregate: Aggregate = field(
         default="mean", metadata={"help": "A block's drift from its positions'."}
+    )
+    gate_sample_every: int = field(
+        default=1,
+        metadata={"help": "Measure a block's drift at every such position; 1: at all."},
     )
 
     def __post_init__(self) -> None:
@@ -145,6 +149,7 @@ class GatedDistillationConfig(DistillationConfig):
             block_size=self.gate_block_size,
             tau=self.gate_tau,
             aggregate=self.gate_aggregate,
+            sample_every=self.gate_sample_every,
         )
 
     def clip(self) -> Clip:
@@ -322,7 +327,10 @@ class GatedDistillationTrainer(DistillationTrainer):
         output = self._loss(unwrapped_student, hidden, mask, inputs, num_items_in_batch)
         assert output.entropy is not None
         self._loss_metrics = output.metrics
-        return output.loss, output.entropy.sum(), mask.sum()
+        if self.args.gate_sample_every == 1:
+            return output.loss, output.entropy.sum(), mask.sum()
+        # The entropy may be known where the drift is measured alone: its mean stands for all.
+        return output.loss, output.metrics["entropy"] * mask.sum(), mask.sum()
 
     def _loss(
         self, model: Any, hidden: Tensor, mask: Tensor, inputs: dict[str, Any], num_items: Any

@@ -8,7 +8,6 @@ from torch import Tensor
 from ..call import arguments, recording
 from ..call.finishing import Outcome, complete
 from ..call.lists import (
-    MASSES,
     Kind,
     Lists,
     check_lists,
@@ -20,7 +19,7 @@ from ..call.lists import (
 )
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, Student, take_rows
-from ..call.weighing import empty_finished, finish, valid_rows
+from ..call.weighing import empty_finished, finish, measured_rows, most_measured, valid_rows
 from ..choices import Direction, Support
 from ..gate import DriftGate
 from ..head import sparse
@@ -48,7 +47,7 @@ from .handing import (
     upstream_of,
     work_of,
 )
-from .topk import with_masses
+from .topk import empty_masses, unread, with_masses
 
 
 def linear_topk_loss(
@@ -86,13 +85,16 @@ def linear_topk_loss(
     With the renormalised support (LSM) the gradient of a row's logits has K entries, and there is
     no dense product in the backward: grad_hidden is K weighted rows of the head, and a row of
     grad_weight sums the hidden states of the rows that list its word. One product of N V H
-    multiplications remains, for the log-prob of the labels that the drift needs; none where the
-    caller gives `log_probs`, or no labels. The other supports are dense: see `linear_opd_loss`.
+    multiplications remains, for the log-prob of the labels that the drift needs, with those
+    positions alone at which the gate measures it (`DriftGate.sample_every`; `log_probs` and entropy
+    of the others are NaN: see `topk_loss`); none where the caller gives `log_probs`, or no labels.
+    The other supports are dense: see `linear_opd_loss`.
 
     Args:
         hidden_states, head: as in `linear_token_log_probs`.
         log_probs: current log-probs of the labels, the shape of labels, where the caller has them
-            (of the same weights and temperature); the drift is then theirs.
+            (of the same weights and temperature); the drift is then theirs. They are returned, and
+            not read where no drift is measured.
         others: as in `topk_loss`; there is no `inplace_backward`, as there are no logits.
 
     Returns:
@@ -209,10 +211,14 @@ def _bare(x: Inputs) -> bool:
 
 
 def _forward_sparse(x: Inputs) -> Tensors:
-    """Scores of the listed words alone have a gradient; a product for the labels' log-probs."""
+    """Scores of the listed words alone have a gradient; a product for the labels' log-probs.
+
+    Rows at which no drift is measured take no part in it.
+    """
     run, head = passes_of(x.backend), head_inputs(x)
     before = valid_rows(run, x.rows, x.labels, x.hidden)
     words, present, valid, counts = listed(run, x.lists, before, x.rows.vocab, x.rows.check)
+    measured = measured_rows(run, x.rows, valid)
     if _bare(x):
         scores, known = sparse.gather(run, head, words, valid), None
         now = torch.zeros_like(scores[:, 0]) if x.known is None else _where(valid, x.known)
@@ -221,8 +227,12 @@ def _forward_sparse(x: Inputs) -> Tensors:
         label = words[:, :1] if x.labels is None else x.labels[:, None].to(words.dtype)
         ids = torch.cat([label, words], 1)
         whole = no_row_is_left_out(x.rows) and x.backend == "triton"  # see `work_of`
+        most = None
+        read = None if whole else valid
+        if measured is not None:
+            read, most = measured, most_measured(x.rows) if whole else None
         gathered, log_probs, _, _, entropy = scan_head(
-            run, head, ids, None if whole else valid, x.entropy, x.rule.scan_size
+            run, head, ids, read, x.entropy, x.rule.scan_size, most
         )
         scores, known = gathered[:, 1:].contiguous(), log_probs[:, 1:].contiguous()
         now = _where(valid, log_probs[:, 0] if x.known is None else x.known)
@@ -230,13 +240,20 @@ def _forward_sparse(x: Inputs) -> Tensors:
             entropy = _where(valid, entropy)
         if x.labels is None:
             now = torch.zeros_like(now)
+        if measured is not None:
+            others = valid & ~measured
+            listed_others = sparse.gather(run, head, words, others)
+            scores = torch.where(measured[:, None], scores, listed_others)
+            entropy = unread(entropy, others)
+            now = unread(now, others) if x.known is None else now
     rows, slope = divergence(
         run, x.kind, scores, known, x.lists.teacher, present, valid, x.rows.row_weights
     )
-    done = finish(run, x.rows, valid, now, rows[0], GIVEN)
+    done = finish(run, x.rows, valid, now, rows[0], GIVEN, measured)
+    sizes = masses(rows, done.metrics[TOKENS], counts, measured, entropy)
     return (
         done.loss, done.table, done.metrics, done.totals, valid, now, entropy,
-        masses(rows, done.metrics[TOKENS], counts), words, scores, slope,
+        sizes, words, scores, slope,
     )  # fmt: skip
 
 
@@ -271,7 +288,7 @@ def _forward(x: Inputs) -> Tensors:
         found, _ = divergence(run, x.kind, log_probs, log_probs, x.lists.teacher, present, valid)
         now = _where(valid, results[0] if x.known is None else x.known)
         done = finish(run, x.rows, valid, now, found[0], GIVEN)
-        kept.append(masses(found, done.metrics[TOKENS], counts))
+        kept.append(masses(found, done.metrics[TOKENS], counts, None, results[1]))
         return done
 
     done, sums, factor = walk(work, loss, finished, known=x.known)
@@ -310,7 +327,7 @@ def _empty_common(x: Inputs) -> Tensors:
     return (
         *empty_finished(x.rows, teacher), teacher.new_empty(n, dtype=torch.bool),
         teacher.new_empty(n), teacher.new_empty(n if x.entropy else 0),
-        teacher.new_empty(len(MASSES)), torch.empty_like(x.lists.ids),
+        empty_masses(x), torch.empty_like(x.lists.ids),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from ..call.lists import (
 from ..call.logits import of_logits
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
-from ..call.weighing import empty_finished, finish, valid_rows
+from ..call.weighing import empty_finished, finish, is_sampled, measured_rows, valid_rows
 from ..choices import Direction, Support
 from ..gate import DriftGate
 from ..options import Parallel, Reduction, refuse
@@ -79,7 +79,10 @@ def topk_loss(
 
     Where the support is renormalised the gradient has K entries in a row: the backward writes
     it without reading the logits. Without labels (and so without a drift: `gate` None, or the
-    weights themselves) the forward then reads the K entries alone.
+    weights themselves) the forward then reads the K entries alone. With a gate's `sample_every` it
+    reads whole rows where the drift is measured, and the K entries elsewhere: there `log_probs` and
+    `entropy` are NaN, as in `linear_topk_loss`, and the metrics `student_mass` and `entropy` are
+    means over the measured positions. The other supports need, and give, all log-probs.
 
     Args:
         labels, old_log_probs: as in `opd_loss`, for the gate's drift; None is allowed without it.
@@ -172,11 +175,14 @@ def topk_loss(
 
 
 def with_masses(output: LossOutput, sizes: Tensor, known: bool) -> LossOutput:
-    """The output with the metrics of the lists; `known`: the student's masses are."""
-    values = dict(zip(MASSES, sizes.unbind(), strict=True))
+    """The output with the metrics that `masses` gives; `known`: the student's masses are."""
+    found = sizes.unbind()
+    values = dict(zip(MASSES, found, strict=False))
     if not known:
         del values["student_mass"]
     output.metrics.update(values)
+    if output.entropy is not None and len(found) > len(MASSES):
+        output.metrics["entropy"] = found[-1]
     return output
 
 
@@ -196,12 +202,16 @@ class Inputs(NamedTuple):
 
 
 def _forward(x: Inputs) -> Tensors:
-    """One scan (or a gather) of the listed words and the label, then row functions."""
+    """One scan (or a gather) of the listed words and the label, then row functions.
+
+    With the renormalised support rows at which no drift is measured are gathered.
+    """
     run = passes_of(x.backend)
     found = listed(
         run, x.lists, valid_rows(run, x.rows, x.labels, x.logits), x.rows.vocab, x.rows.check
     )
     renormalized, (words, present, valid, counts) = x.kind.support == "renormalized", found
+    measured = measured_rows(run, x.rows, valid) if renormalized else None
     if renormalized and x.labels is None and not x.entropy:
         gathered = _gather(run, x, words, valid)
         known, scores = None, gathered
@@ -210,19 +220,30 @@ def _forward(x: Inputs) -> Tensors:
     else:
         label = words[:, :1] if x.labels is None else x.labels[:, None].to(words.dtype)
         every, log_probs, maximum, log_sum, entropy = scan(
-            run, x.logits, torch.cat([label, words], 1), valid, x.scale, x.entropy, x.shard
-        )
+            run, x.logits, torch.cat([label, words], 1), valid if measured is None else measured,
+            x.scale, x.entropy, x.shard,
+        )  # fmt: skip
         gathered, known = every[:, 1:].contiguous(), log_probs[:, 1:].contiguous()
         scores = gathered if renormalized else known
         now = log_probs[:, 0].contiguous() if x.labels is not None else torch.zeros_like(maximum)
+    if measured is not None:
+        others = valid & ~measured
+        scores = gathered = torch.where(measured[:, None], gathered, _gather(run, x, words, others))
+        now, entropy = unread(now, others), unread(entropy, others)
     rows, slope = divergence(
         run, x.kind, scores, known, x.lists.teacher, present, valid, x.rows.row_weights
     )
-    done = finish(run, x.rows, valid, now, rows[0], GIVEN)
+    done = finish(run, x.rows, valid, now, rows[0], GIVEN, measured)
+    sizes = masses(rows, done.metrics[TOKENS], counts, measured, entropy)
     return (
         done.loss, done.table, done.metrics, done.totals, valid, now, entropy,
-        masses(rows, done.metrics[TOKENS], counts), words, gathered, maximum, log_sum, slope,
+        sizes, words, gathered, maximum, log_sum, slope,
     )  # fmt: skip
+
+
+def unread(x: Tensor, rows: Tensor) -> Tensor:
+    """x [N] or [0], NaN in rows [N] bool of which no logsumexp is known."""
+    return x.masked_fill(rows, torch.nan) if len(x) else x
 
 
 def _gather(run: Any, x: Inputs, words: Tensor, valid: Tensor) -> Tensor:
@@ -265,6 +286,12 @@ def _backward(
     ]
 
 
+def empty_masses(x: Any) -> Tensor:
+    """`masses` of an op's inputs, empty."""
+    sampled = is_sampled(x.rows) and x.kind.support == "renormalized"
+    return x.lists.teacher.new_empty(len(MASSES) + sampled)
+
+
 def _empty(x: Inputs) -> Tensors:
     ids, teacher = x.lists.ids, x.lists.teacher
     found = empty_finished(x.rows, teacher)
@@ -272,7 +299,7 @@ def _empty(x: Inputs) -> Tensors:
     bare = x.kind.support == "renormalized" and x.labels is None and not x.entropy
     return (
         *found, teacher.new_empty(n, dtype=torch.bool), teacher.new_empty(n),
-        teacher.new_empty(n if x.entropy else 0), teacher.new_empty(len(MASSES)),
+        teacher.new_empty(n if x.entropy else 0), empty_masses(x),
         torch.empty_like(ids), torch.empty_like(teacher), teacher.new_empty(0 if bare else n),
         teacher.new_empty(0 if bare else n), torch.empty_like(teacher),
     )  # fmt: skip

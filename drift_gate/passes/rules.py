@@ -1,7 +1,7 @@
 """What the row functions of every backend take and return, and the choices they know."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from torch import Tensor
@@ -51,6 +51,9 @@ class RowData(NamedTuple):
     cu_seqlens: Tensor | None
     """[B + 1] int32 or int64; None: every `length` rows are a sequence."""
     length: int
+    measured: Tensor | None = None
+    """[N] bool: the valid rows at which the drift is measured; the others may hold any log-probs.
+    None: as the gate's `sample_every` says, see `measured_rows`."""
 
 
 class GateRule(NamedTuple):
@@ -60,7 +63,7 @@ class GateRule(NamedTuple):
     block_size: int = 1
     """Rows of a block, also where the ratio of a `PositionRule` is that of a block."""
     aggregate: str = "mean"
-    """Of the drifts of a block's valid rows; its absolute value is the block's drift."""
+    """Of the drifts of a block's measured rows; its absolute value is the block's drift."""
     tau: float = 0.0
     normalize: str = "off"
     """Unit mean over the "batch" or each "sequence", or "none"; "off": every weight is 1;
@@ -69,6 +72,8 @@ class GateRule(NamedTuple):
     """The call is a part of its batch: with "batch" and tau > 0 an infinite drift counts as
     LARGEST_DRIFT, so that a part whose gates are all 0 has weights, which the rest of the batch
     makes 0."""
+    sample_every: int = 1
+    """The drift of a block is measured at its first valid row and at every such one after it."""
 
 
 NO_GATE = GateRule(block_size=64)
@@ -115,7 +120,7 @@ class Weights(NamedTuple):
     weight: Tensor
     """[N], 0 on invalid rows."""
     drift: Tensor
-    """[N], old - now; 0 on invalid rows and without old log-probs."""
+    """[N], old - now; 0 on invalid rows and without old log-probs, NaN where not measured."""
     first: Tensor
     """[N] int32: first valid row of the row's block; -1 on invalid rows."""
     metrics: Tensor
@@ -136,6 +141,21 @@ class Finished(NamedTuple):
     first: Tensor
     metrics: Tensor
     totals: Tensor
+
+
+Measure = Callable[[RowData, GateRule], Tensor]
+"""A backend's `measured_rows`: [N] bool, the first valid row of each block and every
+`sample_every`-th valid one after it. Log-probs are not read."""
+
+
+def sampled(data: RowData, gate: GateRule, measured_rows: Measure) -> RowData:
+    """The same with the rows at which the drift is measured, where these are not all."""
+    return data._replace(measured=measured_rows(data, gate)) if samples(data, gate) else data
+
+
+def samples(data: RowData, gate: GateRule) -> bool:
+    """Whether it is still to be said at which rows the drift is measured: not at all of them."""
+    return gate.sample_every > 1 and data.measured is None and data.old is not None
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..kernels import measured as measured_kernels
 from ..kernels import rows as row_kernels
 from ..kernels import topk as topk_kernels
 from ..kernels.divergence import divergence
@@ -12,7 +13,7 @@ from ..kernels.scan import scan
 from ..kernels.sparse import by_word, sum_words, weigh_words
 from ..kernels.sparse import gather as head_gather
 from . import torch as plain
-from .rules import Finished, GateRule, PositionRule, ReduceRule, RowData, Weights
+from .rules import Finished, GateRule, PositionRule, ReduceRule, RowData, Weights, sampled
 from .torch import gather
 from .torch.select import largest
 
@@ -26,6 +27,7 @@ __all__ = [
     "finish",
     "gather",
     "head_gather",
+    "measured_rows",
     "scan",
     "select",
     "sum_words",
@@ -71,8 +73,16 @@ def select(
     return ids, values, scan(logits, ids.new_zeros(len(ids), 1), valid, scale, False)[3]
 
 
+def measured_rows(data: RowData, gate: GateRule) -> Tensor:
+    """See `torch.measured_rows`."""
+    run = plain if gate.granularity in ("token", "span") else measured_kernels
+    found: Tensor = run.measured_rows(data, gate)
+    return found
+
+
 def weigh(data: RowData, gate: GateRule, given: Tensor | None = None) -> Weights:
     """See `rules.Weights`."""
+    data = sampled(data, gate, measured_rows)
     return Weights(*row_kernels.weigh(data, gate, given))
 
 
@@ -86,6 +96,7 @@ def finish(
     reduce: ReduceRule,
 ) -> Finished:
     """See `rules.Finished`."""
+    data = sampled(data, gate, measured_rows)
     return Finished(*row_kernels.finish(data, gate, given, row_weights, target, position, reduce))
 
 

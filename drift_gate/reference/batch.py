@@ -16,7 +16,7 @@ from torch import Tensor
 from ..gate import DriftGate
 from ..options import Reduction, as_reduction
 from ..outputs import LossOutput, Metrics
-from .gate import gate_metrics, mean, sequences_of, weigh
+from .gate import block_ids, gate_metrics, mean, measured_rows, sequences_of, weigh
 from .reduction import aggregate_loss
 from .vocabulary import Student, entropy, labelled, scaled
 
@@ -52,6 +52,16 @@ class Batch:
         """Rows that contribute."""
         return self.valid if self.row_weights is None else self.valid & (self.row_weights != 0)
 
+    @property
+    def measured(self) -> Tensor:
+        """Valid rows at which the drift is."""
+        gate = self.gate
+        if not isinstance(gate, DriftGate):
+            return self.valid
+        units = gate.granularity, gate.block_size
+        ids = block_ids(self.valid, self.sequences, *units, self.span_ids)
+        return measured_rows(ids, gate.sample_every)
+
     def rows(self, x: Tensor) -> Tensor:
         """A number for each position, as the caller has it: detached, 0 where not valid."""
         return torch.where(self.valid, x.detach().to(self.student.dtype), 0)
@@ -70,19 +80,24 @@ class Batch:
             out = weigh(self.gate, drift, self.valid, self.sequences, self.span_ids)
             return out.weights, out.drift, out.metrics
         w = self.rows(torch.ones_like(log_probs) if self.gate is None else self.gate)
-        return w, drift, gate_metrics(w, w, drift, self.valid)
+        return w, drift, gate_metrics(w, w, drift, self.valid, self.valid)
 
-    def finish(self, losses: Tensor, log_p: Tensor, log_probs: Tensor) -> LossOutput:
+    def finish(
+        self, losses: Tensor, log_p: Tensor, log_probs: Tensor, known: Tensor | None = None
+    ) -> LossOutput:
         """Weigh and reduce the losses L of the positions.
 
-        log_p [..., V] is the student's; log_probs are the labels', in which the gate sees drift.
+        log_p [..., V] is the student's, and its entropy that of the rows in `known` (None: all);
+        log_probs are the labels', in which the gate sees drift.
         """
         valid, log_probs = self.valid, log_probs.detach()
         w, drift, metrics = self.weigh(log_probs)
-        metrics["ppo_kl"] = mean(drift.clamp(-20, 20), valid)
+        metrics["ppo_kl"] = mean(drift.clamp(-20, 20), self.measured)
         shown = entropy(log_p, valid) if self.return_entropy else None
         if shown is not None:
-            metrics["entropy"] = mean(shown, valid)
+            known = valid if known is None else known
+            metrics["entropy"] = mean(shown, known)
+            shown = shown.masked_fill(valid & ~known, torch.nan)
         if self.row_weights is not None:
             losses = self.rows(self.row_weights) * losses
         token_loss = torch.where(self.live, w * losses, 0)

@@ -1,11 +1,12 @@
 """The drift gate (arXiv 2606.24084): which blocks have moved how far, and what they weigh.
 
-    d_t = old_log_prob_t - log_prob_t             drift, detached
-    a_b = |aggregate of d over the valid rows of block b|
+    d_t = old_log_prob_t - log_prob_t             drift, detached, of the measured rows
+    a_b = |aggregate of d over the measured rows of block b|
     g_b = exp(-tau * a_b)
     w_t = g_b(t) / mean of g over the valid rows
 
-A Python loop walks the sequences and blocks. `where` indexes the rows of one sequence.
+Measured are the first valid row of a block, and every `sample_every`-th valid one after it. A
+Python loop walks the sequences and blocks. `where` indexes the rows of one sequence.
 """
 
 from itertools import pairwise
@@ -57,8 +58,20 @@ def block_ids(
     return ids
 
 
+def measured_rows(ids: Tensor, sample_every: int) -> Tensor:
+    """Where the drift is measured, from the block of each row: [...] bool."""
+    out = torch.zeros_like(ids, dtype=torch.bool)
+    seen: dict[int, int] = {}
+    for t, block in enumerate(ids.flatten().tolist()):
+        if block >= 0:
+            rank = seen.get(block, 0)
+            out.view(-1)[t] = rank % sample_every == 0
+            seen[block] = rank + 1
+    return out
+
+
 def aggregate(drift: Tensor, kind: str) -> Tensor:
-    """Reduce the drift of one block's valid rows to a scalar."""
+    """Reduce the drift of one block's measured rows to a scalar."""
     if kind == "mean":
         return drift.mean()
     if kind == "mean_abs":
@@ -70,11 +83,12 @@ def aggregate(drift: Tensor, kind: str) -> Tensor:
     return drift.abs().max()
 
 
-def of_blocks(x: Tensor, ids: Tensor, kind: str) -> Tensor:
-    """The aggregate of each row's block; 0 on rows of none."""
+def of_blocks(x: Tensor, ids: Tensor, kind: str, measured: Tensor | None = None) -> Tensor:
+    """The aggregate of each row's block, over all its rows or those measured; 0 on rows of none."""
     out = torch.zeros_like(x)
     for block in range(int(ids.max()) + 1 if ids.numel() else 0):
-        out[ids == block] = aggregate(x[ids == block], kind)
+        its = ids == block
+        out[its] = aggregate(x[its if measured is None else its & measured], kind)
     return out
 
 
@@ -106,7 +120,7 @@ def mean(x: Tensor, valid: Tensor) -> Tensor:
     return x[valid].sum() / valid.sum().clamp(min=1)
 
 
-def gate_metrics(w: Tensor, raw: Tensor, drift: Tensor, valid: Tensor) -> Metrics:
+def gate_metrics(w: Tensor, raw: Tensor, drift: Tensor, valid: Tensor, measured: Tensor) -> Metrics:
     """The metrics of `GateOutput`; raw are the weights before their unit mean."""
     zero = w.new_zeros(())
     largest = w[valid].max() if valid.any() else zero
@@ -116,8 +130,8 @@ def gate_metrics(w: Tensor, raw: Tensor, drift: Tensor, valid: Tensor) -> Metric
         "gate_min": w[valid].min() if valid.any() else zero,
         "gate_max": largest,
         "gate_ess": share.sum() ** 2 / share.square().sum() / valid.sum() if largest != 0 else zero,
-        "drift_abs": mean(drift.abs(), valid),
-        "drift_signed": mean(drift, valid),
+        "drift_abs": mean(drift.abs(), measured),
+        "drift_signed": mean(drift, measured),
     }
 
 
@@ -127,9 +141,12 @@ def weigh(
 ) -> GateOutput:
     """Weights of rows whose drift is known, 0 on rows that are not valid."""
     ids = block_ids(valid, sequences, gate.granularity, gate.block_size, span_ids)
-    a = of_blocks(drift, ids, gate.aggregate).abs()
+    measured = measured_rows(ids, gate.sample_every)
+    drift = drift.masked_fill(valid & ~measured, torch.nan)
+    a = of_blocks(drift, ids, gate.aggregate, measured).abs()
     w = normalized(a, valid, sequences, gate)
-    return GateOutput(w, drift, ids, gate_metrics(w, torch.exp(-gate.tau * a), drift, valid))
+    metrics = gate_metrics(w, torch.exp(-gate.tau * a), drift, valid, measured)
+    return GateOutput(w, drift, ids, metrics)
 
 
 def gate_weights(

@@ -74,6 +74,10 @@ def student_topk_loss(
         zero_outside_topk: for the truncated support: the teacher has all of its mass on the list,
             and the student's words outside count (NeMo-RL).
         log_probs: the labels' current log-probs, where the caller has them.
+
+    Where the support is renormalised, rows at which no drift is measured are not known beyond
+    their list: log-prob (unless it is the caller's) and entropy are NaN, and the student's mass is
+    that of the others.
     """
     renormalized = support == "renormalized"
     assert renormalized or teacher_temperature is None
@@ -109,13 +113,17 @@ def student_topk_loss(
         losses = losses + (outside if direction == "reverse" else (1 - beta) * outside)
     losses = torch.where(valid, losses, 0)
 
-    now = label_log_probs(log_p, labels, valid) if log_probs is None else batch.rows(log_probs)
-    output = batch.finish(losses, log_p, now)
+    known = batch.measured if renormalized else valid
+    if log_probs is None:
+        now = label_log_probs(log_p, labels, valid).masked_fill(valid & ~known, torch.nan)
+    else:
+        now = batch.rows(log_probs)
+    output = batch.finish(losses, log_p, now, known)
     # The student's mass is there where the fused losses know a logsumexp.
     scanned = labels is not None and log_probs is None
     if scanned or not renormalized or batch.return_entropy:
         mass = listed.detach().exp().masked_fill(~here, 0).sum(-1)
-        output.metrics["student_mass"] = mean(mass, valid)
+        output.metrics["student_mass"] = mean(mass, known)
     output.metrics["teacher_mass"] = mean(teacher.exp().masked_fill(~here, 0).sum(-1), valid)
     overlap = torch.minimum(p_k.detach().exp(), q_k.exp()).sum(-1)
     output.metrics["overlap"] = mean(overlap, valid)

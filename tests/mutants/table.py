@@ -24,6 +24,7 @@ FULL = f"tests/test_torch_backend.py tests/test_full_loss.py {FUZZ}"
 LINEAR = "tests/test_linear_losses.py tests/test_head_gradients.py tests/test_linear_autograd.py"
 LISTS = "tests/test_head_lists.py"
 OTHERS = "tests/test_other_losses.py"
+SAMPLING = "tests/test_sampling.py"
 MICRO = "tests/test_micro_batches.py"
 RANKS = "tests/test_ranks.py"
 SHARDS = "tests/test_vocab_parallel.py"
@@ -37,6 +38,7 @@ NATIVE_SELECT = f"{GUARDS} tests/test_top_k_log_probs.py"
 SELECT = "tests/test_top_k_log_probs.py"
 K_SCAN = "tests/test_kernels_vocabulary.py"
 K_ROWS = "tests/test_kernels_fuzz.py tests/test_kernels_opd.py"
+K_MEASURED = "tests/test_kernels_rows.py -k measured"
 K_TOPK = "tests/test_kernels_fuzz.py tests/test_kernels_topk.py"
 K_HOLES = "tests/test_kernels_sparse.py -k without_support"
 READS = "tests/test_host_reads.py"
@@ -91,17 +93,30 @@ PYTHON = [
     Mutant("sequence mean over the batch", ROWS, 'groups.reduce(g, "sum")', "g.sum()", GATE),
     Mutant("sign of tau", ROWS, "torch.exp(-gate.tau * a)", "torch.exp(gate.tau * a)", GATE),
     Mutant("drift has the other sign", ROWS, "else old - now", "else now - old", GATE),
-    Mutant("absolute value forgotten", ROWS, "return layout.mean(drift, units).abs()", "return layout.mean(drift, units)", GATE),
-    Mutant("mean_abs without abs", ROWS, "return layout.mean(drift.abs(), units)", "return layout.mean(drift, units)", GATE),
-    Mutant("rms without root", ROWS, "units).sqrt()", "units)", GATE),
+    Mutant("absolute value forgotten", ROWS, "return layout.mean(drift, units, measured).abs()", "return layout.mean(drift, units, measured)", GATE),
+    Mutant("mean_abs without abs", ROWS, "return layout.mean(drift.abs(), units, measured)", "return layout.mean(drift, units, measured)", GATE),
+    Mutant("rms without root", ROWS, "units, measured).sqrt()", "units, measured)", GATE),
     Mutant("rms not in units of the largest", ROWS, "(drift / unit).square()", "drift.square()", GATE),
     Mutant("block border off by one", BLOCKS, "(self.rows - self.first(self.sequences)) // self.block_size", "(self.rows - self.first(self.sequences) + 1) // self.block_size", GATE),
     Mutant("blocks from the sequence's start", BLOCKS, "(self.rows - self.first(self.sequences)) // self.block_size", "(self.rows - self.sequence) // self.block_size", GATE),
     Mutant("blocks cross sequences", BLOCKS, "(s[1:] != s[:-1]) | (i[1:] != i[:-1])", "i[1:] != i[:-1]", GATE),
-    Mutant("masked rows counted", BLOCKS, 'units.reduce(self.valid.to(x.dtype), "sum")', 'units.reduce(torch.ones_like(x), "sum")', GATE),
+    Mutant("masked rows counted", BLOCKS, 'units.reduce(rows.to(x.dtype), "sum")', 'units.reduce(torch.ones_like(x), "sum")', GATE),
     Mutant("a border belongs to the sequence before", BLOCKS, "torch.searchsorted(borders, rows, right=True) - 1", "torch.searchsorted(borders, rows) - 1", GATE),
     Mutant("weights of invalid rows", ROWS, "return torch.where(valid, g / mean, 0)", "return g / mean + (~valid) * 1e-3", GATE),
     Mutant("gate_ess over all rows", ROWS, "total / square * total * over", "total / square * total / len(weight)", GATE),
+    # at which positions the drift is measured
+    Mutant("measured from the second row on", ROWS, "(units.ranks(data.valid) % gate.sample_every == 0)", "(units.ranks(data.valid) % gate.sample_every == 1)", SAMPLING),
+    Mutant("masked rows counted among s", BLOCKS, "on = rows[self.order].long()", "on = torch.ones_like(self.order)", SAMPLING),
+    Mutant("drifts not measured read", ROWS, "        drift = torch.where(measured, drift, 0)\n", "        pass\n", SAMPLING),
+    Mutant("drift metrics over all rows", ROWS, "over_drifts = 1 / found.measured.sum()", "over_drifts = 1 / valid.sum()", SAMPLING),
+    Mutant("drift shown where not measured", ROWS, "return found.drift.masked_fill(valid & ~found.measured, torch.nan)", "return found.drift", SAMPLING),
+    Mutant("each rank counts for itself", "drift_gate/call/weighing.py", "    if rows.context:\n        every, _, at", "    if not rows:\n        every, _, at", SAMPLING),
+    Mutant("a rank's metrics over all rows", "drift_gate/call/weighing.py", "data = data._replace(measured=measured)", "pass", SAMPLING),
+    Mutant("all rows in the product", "drift_gate/losses/linear_topk.py", "read, most = measured, most_measured", "read, most = valid, most_measured", SAMPLING),
+    Mutant("lists of rows not measured lost", "drift_gate/losses/linear_topk.py", "torch.where(measured[:, None], scores, listed_others)", "scores", SAMPLING),
+    Mutant("rows not measured read whole", "drift_gate/losses/topk.py", "valid if measured is None else measured,", "valid,", SAMPLING),
+    Mutant("log-probs 0 where not known", "drift_gate/losses/topk.py", "return x.masked_fill(rows, torch.nan) if len(x) else x", "return x", SAMPLING),
+    Mutant("student mass over all rows", "drift_gate/call/lists.py", "over = read.sum().clamp(min=1)", "over = tokens.clamp(min=1)", SAMPLING),
     # position losses
     Mutant("clip bounds swapped", ROWS, "ratio.clamp(1 - rule.low, 1 + rule.high)", "ratio.clamp(1 - rule.high, 1 + rule.low)", OPD),
     Mutant("dual clip for gains", ROWS, "(advantage < 0) & (loss > ceiling)", "loss > ceiling", OPD),
@@ -266,7 +281,11 @@ C = [
     _native_rows("drift the wrong way round", "blocks.h", "(double)data->old[row] - data->now[row]", "(double)data->now[row] - data->old[row]"),
     _native_rows("blocks from the first row of all", "blocks.h", "(row - start) / rule->block_size == (before - start)", "row / rule->block_size == before"),
     _native_rows("spans that must be adjacent", "blocks.h", "owner == row - start ? new : found->of[start + owner]", "new"),
-    _native_rows("the mean of squares for its root", "blocks.h", "sqrt(found->size[b] / found->rows[b])", "found->size[b] / found->rows[b]"),
+    _native_rows("the mean of squares for its root", "blocks.h", "sqrt(found->size[b] / found->drifts[b])", "found->size[b] / found->drifts[b]"),
+    _native_rows("every s-th row of the batch measured", "blocks.h", "(int64_t)blocks.rows[block] % job->every == 0", "row % job->every == 0"),
+    _native_rows("a mean over rows not measured", "blocks.h", "fabs(found->sum[b] / found->drifts[b])", "fabs(found->sum[b] / found->rows[b])"),
+    _native_rows("a ratio of measured rows", "finish.h", "    whole.measured = NULL;\n", ""),
+    _native_rows("the gate's blocks for those of a ratio", "finish.h", "(units.granularity != gate->granularity || job->data.measured)", "units.granularity != gate->granularity"),
     _native_rows("NaN forgotten by the largest", "blocks.h", "b > a || b != b ? b : a", "b > a ? b : a"),
     _native_rows("NaN forgotten by the smallest", "blocks.h", "b < a || b != b ? b : a", "b < a ? b : a"),
     _native_rows("a mean of blocks, not of rows", "gate.h", "total += found->rows[b] * found->weight[b], rows += found->rows[b]", "total += found->weight[b], rows += 1"),
@@ -323,6 +342,13 @@ KERNELS = [
     _kernel("duplicates get one beta", "expand", "same = column[:, None] == peer[None, :]", "same = k[:, None] == j[None, :]", K_SCAN),
     _kernel("expm1 of another point", "common", "y = 1.0 + x * y * (1.0 / 2.0)", "y = 1.0 + x * y * (1.0 / 3.0)", K_SCAN),
     _kernel("block border off by one", "blocks", "tl.where(opening == FAR_, end, opening + block * size)", "tl.where(opening == FAR_, end, opening + block * size + 1)", K_ROWS),
+    _kernel("each tile of a block counts anew", "measured", "rank = before + tl.cumsum", "rank = tl.cumsum", K_MEASURED),
+    _kernel("drifts not measured in a block", "blocks", "measure(d, seen, 0, AGGREGATE)", "measure(d, live, 0, AGGREGATE)", K_MEASURED),
+    _kernel("a mean over rows not measured", "blocks", "aggregated(total, largest, drifts, AGGREGATE)", "aggregated(total, largest, count, AGGREGATE)", K_MEASURED),
+    _kernel("drifts not measured in a span", "spans", "            seen &= (tl.load(rows + 2 * n_rows + place, mask=inside, other=0) != 0)[None, :]\n", "            pass\n", K_MEASURED),
+    _kernel("a span's ends not measured", "spans", "        seen = tl.load(measured + row, mask=live, other=0) != 0\n", "", K_MEASURED),
+    _kernel("ratio of measured rows", "rows", 'measured if step.options["GATE"] else None', "measured", K_MEASURED),
+    _kernel("drift metrics over all rows", "row_sums", "over_drifts = 1.0 / tl.maximum(seen, 1.0)", "pass", K_MEASURED),
     _kernel("spans cross ids", "spans", "mask=inside, other=0)[None, :] == id[:, None]", "mask=inside, other=0)[None, :] <= id[:, None]", K_ROWS),
     _kernel("NaN drift dropped", "aggregates", "total = tl.sum(tl.where(size == size, 0.0, size), AXIS)", "total = tl.sum(tl.where(size == size, 0.0, 0.0), AXIS)", K_ROWS),
     _kernel("rms of large drifts", "aggregates", 'tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0)', "tl.where(largest > 0.0, 1.0, 1.0)", "tests/test_kernels_opd.py -k 'however_large and rms'"),

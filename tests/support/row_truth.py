@@ -19,6 +19,7 @@ class RowData(NamedTuple):
     spans: Tensor | None = None
     cu_seqlens: Tensor | None = None
     length: int = 1
+    measured: Tensor | None = None
 
 
 class GateRule(NamedTuple):
@@ -28,6 +29,7 @@ class GateRule(NamedTuple):
     tau: float = 1.0
     normalize: str = "batch"
     part: bool = False
+    sample_every: int = 1
 
 
 class PositionRule(NamedTuple):
@@ -73,6 +75,14 @@ def members(data: RowData, granularity: str, size: int) -> list[list[int]]:
     return list(blocks.values())
 
 
+def measured_rows(data: RowData, gate: GateRule) -> Tensor:
+    """[N] bool: every `sample_every`-th of a block's valid rows, the first among them."""
+    out = torch.zeros_like(data.valid)
+    for rows in members(data, gate.granularity, gate.block_size):
+        out[rows[:: gate.sample_every]] = True
+    return out
+
+
 def gated(data: RowData, gate: GateRule, given: Tensor | None, drift: Tensor) -> tuple[Tensor, ...]:
     """raw, weight, first, smallest block drift."""
     valid = data.valid
@@ -87,7 +97,8 @@ def gated(data: RowData, gate: GateRule, given: Tensor | None, drift: Tensor) ->
         return raw, raw, first, lowest
     a = torch.zeros_like(drift)
     for rows in members(data, gate.granularity, gate.block_size):
-        a[rows] = aggregate(drift[rows], gate.aggregate).abs()
+        seen = rows if data.measured is None else [t for t in rows if data.measured[t]]
+        a[rows] = aggregate(drift[seen], gate.aggregate).abs()
         first[rows] = rows[0]
     if gate.part and gate.normalize == "batch" and gate.tau > 0:
         a = a.clamp(max=2.0**126)
@@ -181,8 +192,10 @@ def finish(
     if reduce.token_mean:
         for rows in sequences_of(data):
             coefficient[rows] = coefficient[rows] / (valid[rows].sum() + 1e-8)
-    table = torch.stack([weight, loss, slope, coefficient, drift])
-    metrics = _metrics(raw, weight, drift, clipped & valid, floored, valid)
+    seen = valid if data.measured is None else data.measured
+    shown = torch.where(valid & ~seen, torch.nan, drift)
+    table = torch.stack([weight, loss, slope, coefficient, shown])
+    metrics = _metrics(raw, weight, drift[seen], clipped & valid, floored, valid)
     gate_found = gate.normalize == "batch" and valid.any() and data.old is not None
     peak = log_mean = torch.zeros((), dtype=dtype)
     if gate_found:
@@ -197,7 +210,7 @@ def finish(
 def _metrics(
     raw: Tensor, weight: Tensor, drift: Tensor, clipped: Tensor, floored: Tensor, valid: Tensor
 ) -> Tensor:
-    n = valid.sum().clamp(min=1)
+    n, drifts = valid.sum().clamp(min=1), max(len(drift), 1)
     zero = weight.new_zeros(())
     some = bool(valid.any())
     top = weight[valid].max() if some else zero
@@ -207,10 +220,10 @@ def _metrics(
         weight[valid].min() if some else zero,
         top,
         share.sum() ** 2 / share.square().sum() / n if top != 0 else zero,
-        drift.abs().sum() / n,
-        drift.sum() / n,
+        drift.abs().sum() / drifts,
+        drift.sum() / drifts,
         clipped.sum().to(weight.dtype) / n,
-        drift.clamp(-20, 20).sum() / n,
+        drift.clamp(-20, 20).sum() / drifts,
         valid.sum().to(weight.dtype),
         floored.sum().to(weight.dtype),
     ])  # fmt: skip

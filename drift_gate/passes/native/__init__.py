@@ -17,7 +17,7 @@ from torch import Tensor
 from ..torch.sparse import by_word, head_gather, sum_words, weigh_words
 from . import library
 from .divergence import divergence, divergence_grad
-from .rows import finish, valid_rows, weigh
+from .rows import finish, measured_rows, valid_rows, weigh
 from .tensors import KINDS
 from .topk import topk_rows, topk_support
 from .vocabulary import expand, gather, scan, select
@@ -32,6 +32,7 @@ __all__ = [
     "gather",
     "head_gather",
     "instruction_set",
+    "measured_rows",
     "scan",
     "select",
     "sum_words",

@@ -8,6 +8,7 @@ struct row_data { /* [N] each */
     const int64_t *spans;    /* or NULL */
     const void *borders;     /* [B + 1], or NULL: every `length` rows are a sequence */
     int64_t wide, sequences; /* whether they are int64; B */
+    const uint8_t *measured; /* rows with a drift, of the valid ones; or NULL for all of those */
 };
 
 /* Rows begin ... end of sequence i. The sequences hold every row once, whatever the borders say. */
@@ -26,6 +27,11 @@ static struct sequence next_sequence(const struct row_data *data, struct sequenc
     return (struct sequence){begin, end > data->rows ? data->rows : end};
 }
 
+static int is_measured(const struct row_data *data, int64_t row)
+{
+    return !data->measured || data->measured[row];
+}
+
 static double drift_of(const struct row_data *data, int64_t row)
 {
     return data->old ? (double)data->old[row] - data->now[row] : 0;
@@ -37,6 +43,7 @@ struct blocks {
     int32_t *of;    /* [N]: the row's block, -1 where not valid */
     int32_t *first; /* [count]: its first valid row */
     double *rows;   /* [count]: its valid rows, */
+    double *drifts; /* those measured, */
     double *sum;    /* of their drifts, */
     double *size;   /* and |aggregate of them| */
     double *raw, *weight; /* [count]: exp(-tau size), and what the block's rows weigh */
@@ -47,10 +54,11 @@ static int room_for_blocks(int64_t rows, struct blocks *found)
 {
     size_t n = (size_t)rows + 1; /* malloc(0) may be NULL */
     found->count = 0;
-    found->rows = malloc(n * (5 * sizeof(double) + 2 * sizeof(int32_t)));
+    found->rows = malloc(n * (6 * sizeof(double) + 2 * sizeof(int32_t)));
     if (!found->rows)
         return 0;
-    found->sum = found->rows + n, found->size = found->sum + n;
+    found->drifts = found->rows + n;
+    found->sum = found->drifts + n, found->size = found->sum + n;
     found->raw = found->size + n, found->weight = found->raw + n;
     found->of = (int32_t *)(found->weight + n), found->first = found->of + n;
     return 1;
@@ -107,11 +115,16 @@ static void divide_sequence(const struct row_data *data, const struct gate_rule 
         int32_t block = block_of(data, found, rule, spans, start, before, row);
         if (block == found->count) {
             found->first[block] = (int32_t)row;
-            found->rows[block] = found->sum[block] = found->size[block] = 0;
+            found->rows[block] = found->drifts[block] = 0;
+            found->sum[block] = found->size[block] = 0;
             found->count++;
         }
         found->of[row] = block;
         found->rows[block] += 1;
+        before = row;
+        if (!is_measured(data, row))
+            continue;
+        found->drifts[block] += 1;
         double drift = drift_of(data, row), size = fabs(drift);
         found->sum[block] += drift;
         if (rule->aggregate == MEAN_ABS)
@@ -120,7 +133,6 @@ static void divide_sequence(const struct row_data *data, const struct gate_rule 
             found->size[block] += size * size;
         else
             found->size[block] = larger(found->size[block], size);
-        before = row;
     }
 }
 
@@ -129,11 +141,11 @@ static void aggregate(int64_t kind, struct blocks *found)
 {
     for (int64_t b = 0; b < found->count; b++)
         if (kind == MEAN)
-            found->size[b] = fabs(found->sum[b] / found->rows[b]);
+            found->size[b] = fabs(found->sum[b] / found->drifts[b]);
         else if (kind == MEAN_ABS)
-            found->size[b] /= found->rows[b];
+            found->size[b] /= found->drifts[b];
         else if (kind == RMS)
-            found->size[b] = sqrt(found->size[b] / found->rows[b]);
+            found->size[b] = sqrt(found->size[b] / found->drifts[b]);
 }
 
 /* Divide the valid rows into blocks, with |aggregate of their drifts|; 0 without memory. */
@@ -156,4 +168,31 @@ static int divide(const struct row_data *data, const struct gate_rule *rule, str
     free(slots);
     aggregate(rule->aggregate, found);
     return 1;
+}
+
+/* The first valid row of each block, and every `every`-th valid one after it. */
+struct measured {
+    struct row_data data; /* its log-probs are not read */
+    uint8_t *measured;    /* [N] */
+    int64_t every;
+    struct gate_rule gate;
+};
+
+int64_t drift_gate_measured_rows(const void *given, int64_t from, int64_t to)
+{
+    const struct measured *job = given;
+    struct blocks blocks;
+    (void)from, (void)to; /* all rows */
+    if (!divide(&job->data, &job->gate, &blocks))
+        return NO_MEMORY;
+    for (int64_t b = 0; b < blocks.count; b++)
+        blocks.rows[b] = 0;
+    for (int64_t row = 0; row < job->data.rows; row++) {
+        int32_t block = blocks.of[row];
+        job->measured[row] = block >= 0 && (int64_t)blocks.rows[block] % job->every == 0;
+        if (block >= 0)
+            blocks.rows[block] += 1;
+    }
+    free(blocks.rows);
+    return 0;
 }

@@ -84,8 +84,10 @@ static void finish_rows(const struct finish *job, const struct plan *plan, struc
                 blank_row(job, row);
                 continue;
             }
-            double weight = weight_of(job, plan, row), drift = drift_of(&job->data, row);
-            summarise(all, by_block ? plan->blocks.raw[block] : weight, weight, drift);
+            double weight = weight_of(job, plan, row), drift = NAN;
+            summarise(all, by_block ? plan->blocks.raw[block] : weight, weight);
+            if (is_measured(&job->data, row))
+                summarise_drift(all, drift = drift_of(&job->data, row));
             job->weight[row] = (float)weight, job->drift[row] = (float)drift;
             job->first[row] = plan->blocks.first[block];
             if (job->loss)
@@ -112,12 +114,14 @@ static int plan_rows(const struct finish *job, struct plan *plan, struct summary
 {
     const struct gate_rule *gate = &job->gate;
     struct gate_rule units = {.granularity = job->position.ratio, .block_size = gate->block_size};
+    struct row_data whole = job->data; /* the ratio is of all valid rows */
+    whole.measured = NULL;
     if (!divide(&job->data, gate, &plan->blocks))
         return 0;
     plan->own_units = job->loss && units.granularity != TOKEN &&
-                      units.granularity != gate->granularity;
+                      (units.granularity != gate->granularity || job->data.measured);
     plan->units = plan->blocks;
-    if (plan->own_units && !divide(&job->data, &units, &plan->units)) {
+    if (plan->own_units && !divide(&whole, &units, &plan->units)) {
         free(plan->blocks.rows);
         return 0;
     }

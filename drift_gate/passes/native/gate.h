@@ -46,26 +46,31 @@ static void weigh_blocks(const struct row_data *data, const struct gate_rule *ru
 
 /* Sums over the valid rows, and the smallest and the largest weight. */
 struct summary {
-    double rows, sequences, raw, lowest, largest, drift_size, drift, clipped, kl, floored, loss;
+    double rows, sequences, raw, lowest, largest, clipped, floored, loss;
+    double drifts, drift_size, drift, kl; /* of the measured rows */
     double smallest_drift; /* of a block */
 };
 
-static void summarise(struct summary *all, double raw, double weight, double drift)
+static void summarise(struct summary *all, double raw, double weight)
 {
     all->raw += raw;
     all->lowest = smaller(all->lowest, weight), all->largest = larger(all->largest, weight);
-    all->drift += drift, all->drift_size += fabs(drift);
+}
+
+static void summarise_drift(struct summary *all, double drift)
+{
+    all->drifts += 1, all->drift += drift, all->drift_size += fabs(drift);
     all->kl += clamped(drift, -20, 20);
 }
 
 /* rows.METRICS, in their order. */
 static void put_metrics(const struct summary *all, double ess, float *metrics)
 {
-    double n = all->rows > 1 ? all->rows : 1;
+    double n = all->rows > 1 ? all->rows : 1, drifts = all->drifts > 1 ? all->drifts : 1;
     int none = all->rows == 0;
     double values[] = {all->raw / n,   none ? 0 : all->lowest, none ? 0 : all->largest,
-                       ess / n,        all->drift_size / n,    all->drift / n,
-                       all->clipped / n, all->kl / n,          all->rows,
+                       ess / n,        all->drift_size / drifts, all->drift / drifts,
+                       all->clipped / n, all->kl / drifts,     all->rows,
                        all->floored};
     for (size_t i = 0; i < sizeof values / sizeof *values; i++)
         metrics[i] = (float)values[i];

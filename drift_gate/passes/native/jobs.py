@@ -14,7 +14,8 @@ EXPAND = struct.Struct(f"@{ROWS}{ROWS} qd PPqq PPPPP")
 DIVERGENCE = struct.Struct(f"@{ROWS}{ROWS} qqdddq PPq PPPP")
 DIVERGENCE_GRAD = struct.Struct(f"@{ROWS}{ROWS}{ROWS} qqqdddq PPP")
 VALID_ROWS = struct.Struct("@qqqq Pq Pq Pqq P")
-FINISH = struct.Struct("@qqPPPPPqq PPP PPPPPPPPP")  # and the rules follow
+FINISH = struct.Struct("@qqPPPPPqqP PPP PPPPPPPPP")  # and the rules follow
+MEASURED_ROWS = struct.Struct("@qqPPPPPqqP Pq")  # and the gate's rule follows
 GATE = struct.Struct("@qqqqqd")
 POSITION = struct.Struct("@qqqqdddddd")
 REDUCE = struct.Struct("@qqd")
@@ -29,6 +30,7 @@ SIZES = {
     "divergence_grad": DIVERGENCE_GRAD.size,
     "valid_rows": VALID_ROWS.size,
     "finish": FINISH.size + GATE.size + POSITION.size + REDUCE.size,
+    "measured_rows": MEASURED_ROWS.size + GATE.size,
     "support": SUPPORT.size,
     "topk": TOPK.size,
 }

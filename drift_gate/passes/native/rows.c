@@ -82,6 +82,7 @@ int64_t drift_gate_size(const char *job)
         {"divergence_grad", sizeof(struct divergence_slopes)},
         {"valid_rows", sizeof(struct validity)},
         {"finish", sizeof(struct finish)},
+        {"measured_rows", sizeof(struct measured)},
         {"support", sizeof(struct support)},
         {"topk", sizeof(struct topk)},
     };

@@ -2,6 +2,7 @@
 arithmetic on it float64. One call into the library, by one thread."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from ..rules import (
     ReduceRule,
     RowData,
     Weights,
+    sampled,
 )
 from . import errors
-from .jobs import FINISH, GATE, POSITION, REDUCE, VALID_ROWS
+from .jobs import FINISH, GATE, MEASURED_ROWS, POSITION, REDUCE, VALID_ROWS
 from .library import checked, choice, function
 from .tensors import BOOL, CPU, FLOAT32, INT32, INT64, booleans, floats, listed, mask_kind
 
@@ -63,6 +65,17 @@ def valid_rows(
     return valid
 
 
+def measured_rows(data: RowData, gate: GateRule) -> Tensor:
+    """[N] bool: the first valid row of each block, and every `sample_every`-th valid one after."""
+    n = data.valid.numel()
+    measured = torch.empty(n, dtype=BOOL, device=CPU)
+    packed, spans, _ = _gate(gate)
+    _kept, row_data = _row_data(data._replace(old=None, measured=None), spans)
+    job = MEASURED_ROWS.pack(*row_data, measured.data_ptr(), gate.sample_every)
+    checked(function("measured_rows", False)(job + packed, 0, n))
+    return measured
+
+
 def weigh(data: RowData, gate: GateRule, given: Tensor | None = None) -> Weights:
     """How rows weigh; `given` [N] as in `finish`. Raises ValueError for unknown options."""
     n = data.valid.numel()
@@ -72,7 +85,7 @@ def weigh(data: RowData, gate: GateRule, given: Tensor | None = None) -> Weights
     outputs = weight.data_ptr(), drift.data_ptr(), 0, 0, 0, first.data_ptr(), 0
     ends = metrics.data_ptr(), totals.data_ptr()
     rules = _rules(gate, GIVEN, NO_REDUCTION)
-    _finish(data, given, None, None, (*outputs, *ends), rules)
+    _finish(sampled(data, gate, measured_rows), given, None, None, (*outputs, *ends), rules)
     return Weights(weight, drift, first, metrics, totals)
 
 
@@ -93,7 +106,7 @@ def finish(
     weight, row = table.data_ptr(), 4 * n  # bytes
     outputs = weight, weight + 4 * row, weight + row, weight + 2 * row, weight + 3 * row
     ends = first.data_ptr(), loss.data_ptr(), metrics.data_ptr(), totals.data_ptr()
-    rules = _rules(gate, position, reduce)
+    rules, data = _rules(gate, position, reduce), sampled(data, gate, measured_rows)
     _finish(data, given, row_weights, target, (*outputs, *ends), rules)
     return Finished(loss, table, first, metrics, totals)
 
@@ -110,7 +123,7 @@ Rules = tuple[bytes, bool, bool]
 
 
 @functools.lru_cache(maxsize=256)
-def _rules(gate: GateRule, position: PositionRule, reduce: ReduceRule) -> Rules:
+def _gate(gate: GateRule) -> Rules:
     if gate.block_size < 1:
         raise ValueError(f"block_size must be at least 1; got {gate.block_size}")
     packed = GATE.pack(
@@ -118,6 +131,12 @@ def _rules(gate: GateRule, position: PositionRule, reduce: ReduceRule) -> Rules:
         choice("aggregate", gate.aggregate), choice("normalize", gate.normalize), gate.part,
         gate.tau,
     )  # fmt: skip
+    return packed, gate.granularity == "span", gate.normalize == "given"
+
+
+@functools.lru_cache(maxsize=256)
+def _rules(gate: GateRule, position: PositionRule, reduce: ReduceRule) -> Rules:
+    packed, by_span, by_given = _gate(gate)
     packed += POSITION.pack(
         choice("estimator", position.estimator), choice("advantage", position.advantage),
         choice("ratio", position.ratio), position.clamp, position.low, position.high,
@@ -126,8 +145,7 @@ def _rules(gate: GateRule, position: PositionRule, reduce: ReduceRule) -> Rules:
     packed += REDUCE.pack(
         choice("denominator", reduce.denominator), reduce.token_mean, reduce.factor
     )
-    spans = "span" in (gate.granularity, position.ratio)
-    return packed, spans, gate.normalize == "given"
+    return packed, by_span or position.ratio == "span", by_given
 
 
 def _finish(
@@ -138,22 +156,31 @@ def _finish(
     outputs: tuple[int, ...],
     rules: Rules,
 ) -> None:
-    valid, now, old, spans, cu_seqlens, length = data
     packed, by_span, by_given = rules
-    n = valid.numel()
-    _mask, mask_at = booleans(valid, n)
+    n = data.valid.numel()
     given = given if by_given else None
-    _kept, (now_at, old_at, *row_data) = floats(n, now, old, given, row_weights, target)
+    if by_given and given is None:
+        raise ValueError("given must be a tensor where normalize is 'given'; got None")
+    _kept, row_data = _row_data(data, by_span)
+    _kept_too, floats_at = floats(n, given, row_weights, target)
+    job = FINISH.pack(*row_data, *floats_at, *outputs)
+    checked(function("finish", False)(job + packed, 0, n))
+
+
+def _row_data(data: RowData, by_span: bool) -> tuple[Any, tuple[int, ...]]:
+    """`struct row_data`, and the tensors that it points to."""
+    valid, now, old, spans, cu_seqlens, length, measured = data
+    n = valid.numel()
+    mask, mask_at = booleans(valid, n)
+    kept, (now_at, old_at) = floats(n, now, old)
     spans = listed(spans, n, INT64) if by_span and spans is not None else None
     borders = None if cu_seqlens is None else listed(cu_seqlens)
     if by_span and spans is None:
         raise ValueError("spans must be a tensor where a granularity is 'span'; got None")
-    if by_given and given is None:
-        raise ValueError("given must be a tensor where normalize is 'given'; got None")
-    job = FINISH.pack(
+    measured, measured_at = booleans(measured, n)
+    return (mask, kept, spans, borders, measured), (
         n, max(length, 1), mask_at, now_at, old_at, 0 if spans is None else spans.data_ptr(),
         0 if borders is None else borders.data_ptr(),
         borders is not None and borders.dtype is INT64,
-        0 if borders is None else borders.numel() - 1, *row_data, *outputs,
+        0 if borders is None else borders.numel() - 1, measured_at,
     )  # fmt: skip
-    checked(function("finish", False)(job + packed, 0, n))

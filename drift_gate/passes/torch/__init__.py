@@ -5,7 +5,7 @@ result.
 """
 
 from .divergence import divergence, divergence_grad
-from .rows import finish, valid_rows, weigh
+from .rows import finish, measured_rows, valid_rows, weigh
 from .select import select
 from .sparse import by_word, head_gather, sum_words, weigh_words
 from .topk import topk_rows, topk_support
@@ -19,6 +19,7 @@ __all__ = [
     "finish",
     "gather",
     "head_gather",
+    "measured_rows",
     "scan",
     "select",
     "sum_words",

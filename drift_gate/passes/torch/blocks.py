@@ -22,6 +22,14 @@ class Segments:
         ordered, self.order = key.sort(stable=True)
         self.offsets = torch.searchsorted(ordered, torch.arange(len(key) + 1, device=key.device))
 
+    def ranks(self, rows: Tensor) -> Tensor:
+        """How many of those rows [N] bool come before each row in its segment, [N] int64."""
+        on = rows[self.order].long()
+        before = torch.nn.functional.pad(on.cumsum(0), (1, 0))
+        ranks = torch.empty_like(self.order)
+        ranks[self.order] = before[:-1] - before[self.offsets[self.key[self.order]]]
+        return ranks
+
     def reduce(self, x: Tensor, kind: str) -> Tensor:
         """Per-row result [N] of "sum", "max" or "min" over the row's segment."""
         if x.shape[0] == 0:
@@ -84,6 +92,6 @@ class Layout:
         place = (self.rows - self.first(self.sequences)) // self.block_size
         return Segments(_dense(self.sequence, place))
 
-    def mean(self, x: Tensor, units: Segments) -> Tensor:
-        """Of x [N], 0 on invalid rows, over the valid rows of each row's unit."""
-        return units.reduce(x, "sum") / units.reduce(self.valid.to(x.dtype), "sum").clamp(min=1)
+    def mean(self, x: Tensor, units: Segments, rows: Tensor) -> Tensor:
+        """Of x [N], 0 elsewhere, over those rows [N] bool of each row's unit."""
+        return units.reduce(x, "sum") / units.reduce(rows.to(x.dtype), "sum").clamp(min=1)

@@ -21,6 +21,7 @@ from ..rules import (
     check_choice,
     check_gate,
     check_position,
+    sampled,
 )
 from .blocks import Layout, Segments, wide
 
@@ -81,14 +82,25 @@ def check_borders(cu_seqlens: Tensor, n_rows: int) -> None:
 # What they weigh.
 
 
+@torch.no_grad()
+def measured_rows(data: RowData, gate: GateRule) -> Tensor:
+    """[N] bool: the first valid row of each block, and every `sample_every`-th valid one after.
+
+    The log-probs are not read."""
+    check_gate(gate)
+    units = Layout(data, gate.block_size).units(gate.granularity)
+    return data.valid & (units.ranks(data.valid) % gate.sample_every == 0)
+
+
 class _Gated(NamedTuple):
     """Row data [N] in the wide dtype, 0 on invalid rows."""
 
     layout: Layout
     units: Segments
+    measured: Tensor  # bool
     now: Tensor
     old: Tensor
-    drift: Tensor
+    drift: Tensor  # 0 where not measured
     block_drift: Tensor
     raw: Tensor  # gates before the mean is taken out
     weight: Tensor
@@ -104,7 +116,12 @@ def _gated(data: RowData, gate: GateRule, given: Tensor | None) -> _Gated:
     now = torch.where(valid, wide(data.now), 0)
     old = now if data.old is None else torch.where(valid, wide(data.old), 0)
     drift = torch.zeros_like(now) if data.old is None else old - now
-    a = torch.where(valid, _aggregate(drift, units, layout, gate.aggregate), 0)
+    measured = sampled(data, gate, measured_rows).measured
+    if measured is None:
+        measured = valid
+    else:
+        drift = torch.where(measured, drift, 0)
+    a = torch.where(valid, _aggregate(drift, units, layout, measured, gate.aggregate), 0)
     if gate.part and gate.normalize == "batch" and gate.tau != 0:
         a = a.clamp(max=LARGEST_DRIFT)
     if given is not None:
@@ -117,20 +134,22 @@ def _gated(data: RowData, gate: GateRule, given: Tensor | None) -> _Gated:
             groups = layout.sequences if gate.normalize == "sequence" else None
             weight = _unit_mean(a, valid, gate.tau, groups)
     first = torch.where(valid, layout.first(units), -1).to(torch.int32)
-    return _Gated(layout, units, now, old, drift, a, raw, weight, first)
+    return _Gated(layout, units, measured, now, old, drift, a, raw, weight, first)
 
 
-def _aggregate(drift: Tensor, units: Segments, layout: Layout, kind: str) -> Tensor:
+def _aggregate(
+    drift: Tensor, units: Segments, layout: Layout, measured: Tensor, kind: str
+) -> Tensor:
     """|aggregate of the drift| of each row's block, [N]."""
     if kind == "mean":
-        return layout.mean(drift, units).abs()
+        return layout.mean(drift, units, measured).abs()
     if kind == "mean_abs":
-        return layout.mean(drift.abs(), units)
+        return layout.mean(drift.abs(), units, measured)
     largest = units.reduce(drift.abs(), "max")
     if kind == "max_abs":
         return largest
     unit = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
-    return unit * layout.mean((drift / unit).square(), units).sqrt()
+    return unit * layout.mean((drift / unit).square(), units, measured).sqrt()
 
 
 def _unit_mean(a: Tensor, valid: Tensor, tau: float, groups: Segments | None) -> Tensor:
@@ -152,7 +171,9 @@ def _metrics(found: _Gated, clipped: Tensor, floored: Tensor, valid: Tensor) -> 
     """In the order of METRICS."""
     weight, drift = found.weight, found.drift
     n = valid.sum()
-    over = 1 / n.clamp(min=1).to(weight.dtype)
+    over = over_drifts = 1 / n.clamp(min=1).to(weight.dtype)
+    if found.measured is not valid:
+        over_drifts = 1 / found.measured.sum().clamp(min=1).to(weight.dtype)
     zero = torch.zeros_like(over)
     some = weight.shape[0] > 0
     lowest = torch.where(valid, weight, torch.inf).min() if some else zero
@@ -167,10 +188,10 @@ def _metrics(found: _Gated, clipped: Tensor, floored: Tensor, valid: Tensor) -> 
             torch.where(n > 0, lowest, zero),
             largest,
             torch.where(square == 0, zero, total / square * total * over),
-            drift.abs().sum() * over,
-            drift.sum() * over,
+            drift.abs().sum() * over_drifts,
+            drift.sum() * over_drifts,
             (clipped & valid).sum() * over,
-            drift.clamp(-20, 20).sum() * over,
+            drift.clamp(-20, 20).sum() * over_drifts,
             n.to(weight.dtype),
             (floored & valid).sum().to(weight.dtype),
         ]
@@ -190,6 +211,13 @@ def _totals(found: _Gated, gate: GateRule, valid: Tensor, size: Tensor) -> Tenso
     return torch.stack([peak, log_mean, tokens, size])
 
 
+def _shown_drift(found: _Gated, valid: Tensor) -> Tensor:
+    """The drift [N], NaN where it is not measured."""
+    if found.measured is valid:
+        return found.drift
+    return found.drift.masked_fill(valid & ~found.measured, torch.nan)
+
+
 @torch.no_grad()
 def weigh(data: RowData, gate: GateRule, given: Tensor | None = None) -> Weights:
     """The weights of the rows, without a position loss."""
@@ -197,7 +225,7 @@ def weigh(data: RowData, gate: GateRule, given: Tensor | None = None) -> Weights
     nothing = torch.zeros_like(valid)
     return Weights(
         found.weight.to(dtype),
-        found.drift.to(dtype),
+        _shown_drift(found, valid).to(dtype),
         found.first,
         _metrics(found, nothing, nothing, valid).to(dtype),
         _totals(found, gate, valid, valid.sum().to(found.weight.dtype)),
@@ -245,7 +273,7 @@ def finish(
         coefficient = coefficient / size.clamp(min=1)
     if reduce.token_mean:
         coefficient = coefficient / (layout.count + 1e-8)
-    table = torch.stack([found.weight, value, slope, coefficient, found.drift])
+    table = torch.stack([found.weight, value, slope, coefficient, _shown_drift(found, valid)])
     return Finished(
         (value * coefficient).sum().to(dtype),
         table.to(dtype),
@@ -271,7 +299,8 @@ def _position_loss(
     advantage = advantage.clamp(rule.advantage_low, rule.advantage_high)
     log_ratio = found.now - found.old
     if rule.ratio != "token" and found.old is not found.now:
-        log_ratio = found.layout.mean(log_ratio, found.layout.units(rule.ratio))
+        units = found.layout.units(rule.ratio)
+        log_ratio = found.layout.mean(log_ratio, units, found.layout.valid)
     return _ratio_loss(log_ratio, advantage, found.now, rule)
 
 
