@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("math_verify")
 
-from drift_gate.bench.distill import command, files, jobs, models, settings, study, training
+from drift_gate.bench.distill import command, cost, files, jobs, models, settings, study, training
 from typer.testing import CliRunner
 
 from drift_gate import cli
@@ -26,6 +26,14 @@ PROBLEMS = [("1 + 2", "3"), ("2 * 3", "6"), ("7 - 5", "2")]
 
 def run(*arguments: object) -> Any:
     return CliRunner().invoke(cli.app, ["distill", *map(str, arguments)], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_words():
+    """The losses beside many words are timed with fewer."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cost, "WORDS", 2_000)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +84,10 @@ def test_a_run_ends_with_a_table_a_report_and_a_picture(finished: tuple[Path, st
         passed = row["figures"]["pass@8"]
         for value in (passed["mean"], *passed["benchmarks"].values()):
             assert f"{value:.3f}" in printed
+    costs = [(row["loss"], row["words"]) for row in report["loss_cost"]]
+    assert costs[:2] == [("opd", costs[0][1]), ("lsm", costs[0][1])]
+    assert costs[2:] == [("opd", cost.WORDS), ("lsm", cost.WORDS)]
+    assert all(min(row["bytes"].values()) > 0 for row in report["loss_cost"])
     assert "…" not in printed and max(map(len, printed.splitlines())) <= 80
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert not list(out.rglob("*.pt")) and not list(out.rglob(".*"))

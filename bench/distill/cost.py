@@ -1,9 +1,11 @@
-"""Time and memory of the fused losses beside the eager ones, on a batch of the run itself."""
+"""Time and memory of the fused losses beside the eager ones, on a batch of the run itself, and on
+fewer positions of a model with the words of Qwen3, where the logits are most of the work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +18,35 @@ from ..timing import interleaved
 from .jobs import Work
 from .models import head_of, hidden_states, load_pair, logits_of
 from .rollouts import Rollouts
-from .settings import Job, Variant, variants
+from .settings import Job, Settings, Variant, variants
 from .training import Trainer, autocast, loss_of
 
 ROUNDS = 9
+WORDS, POSITIONS = 151_936, 256
+
+
+class Problem(NamedTuple):
+    """What the losses are of."""
+
+    batch: Rollouts
+    hidden: Tensor  # [B, R, H]
+    student: Any  # a model, or what has a head
+    rounds: int
+
+
+class WideStudent:
+    """Stands for a model: the head alone."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.device, self.config = device, SimpleNamespace()
+        self.layer = torch.nn.Linear(width, WORDS, bias=False, device=device)
+
+    def get_output_embeddings(self) -> torch.nn.Linear:
+        return self.layer
 
 
 def measure(work: Work) -> list[dict[str, Any]]:
-    """One row a loss: seconds and peak bytes of forward and backward, ours and eager.
+    """One row a loss and size: seconds and peak bytes of forward and backward, ours and eager.
 
     From the hidden states of the first mini-batch to the gradients of hidden states and head,
     with the fixed-block gate.
@@ -37,18 +60,47 @@ def measure(work: Work) -> list[dict[str, Any]]:
     batch = Rollouts(*(field[: settings.minibatch] for field in rollouts))
     with torch.no_grad(), autocast(pair.student.device):
         hidden = hidden_states(pair.student, batch.tokens, batch.mask, batch.labels.shape[1])
+    own = Problem(batch, hidden.detach().requires_grad_(), pair.student, ROUNDS)
     found = []
-    for loss in ("opd", "lsm"):
-        runs = _runs(chosen[loss], batch, hidden.detach().requires_grad_(), pair.student, settings)
-        words, width = head_of(pair.student).weight.shape
-        shape = dict(positions=batch.labels.numel(), hidden=width, words=words)
-        found.append(dict(loss=loss, **shape, **_compare(runs, pair.student.device)))
+    for problem in (own, _wide(own, settings.top_k)):
+        for loss in ("opd", "lsm"):
+            runs = _runs(chosen[loss], problem, settings)
+            words, width = head_of(problem.student).weight.shape
+            shape = dict(positions=problem.batch.labels.numel(), hidden=width, words=words)
+            costs = _compare(runs, pair.student.device, problem.rounds)
+            found.append(dict(loss=loss, **shape, **costs))
     return found
 
 
+def _wide(own: Problem, top_k: int) -> Problem:
+    """The first valid positions of a batch as one response, before a head of many words."""
+    device, mask = own.hidden.device, own.batch.response_mask
+    hidden = own.hidden.detach()[mask][None, :POSITIONS]
+    shape = hidden.shape[:2]
+    generator = torch.Generator().manual_seed(0)
+
+    def some(values: Tensor) -> Tensor:
+        return values[mask][None, :POSITIONS]
+
+    labels, ids = (
+        torch.randint(WORDS // top_k, size, generator=generator).to(device)
+        for size in (shape, (*shape, top_k))
+    )
+    whole = torch.ones_like(labels, dtype=torch.bool)
+    batch = Rollouts(
+        labels, whole, whole, some(own.batch.spans), some(own.batch.old_log_probs),
+        some(own.batch.teacher_log_probs),
+        ids * top_k + torch.arange(top_k, device=device),  # no word twice
+        torch.randn(*shape, top_k, generator=generator).to(device).log_softmax(-1),
+    )  # fmt: skip
+    student = WideStudent(hidden.shape[2], device)
+    return Problem(batch, hidden.requires_grad_(), student, 1 + ROUNDS // 2)
+
+
 def _runs(
-    variant: Variant, batch: Rollouts, hidden: Tensor, student: Any, settings: Any
+    variant: Variant, problem: Problem, settings: Settings
 ) -> dict[str, Callable[[], object]]:
+    batch, hidden, student, _ = problem
     weight = head_of(student).weight
     mask, labels = batch.response_mask.flatten().float(), batch.labels.flatten()
     blocks = _blocks(batch.response_mask, settings.block_size)
@@ -85,7 +137,9 @@ def _blocks(mask: Tensor, size: int) -> Tensor:
     return (row + torch.arange(length, device=mask.device) // size).flatten()
 
 
-def _compare(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, Any]:
+def _compare(
+    runs: dict[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, Any]:
     memory = {}
     for name, run in runs.items():
         run()  # what is allocated once is not counted
@@ -93,7 +147,7 @@ def _compare(runs: dict[str, Callable[[], object]], device: torch.device) -> dic
             run()
         memory[name] = peak.peak
     pairs = {name: (_nothing, run) for name, run in runs.items()}
-    *_, timed = interleaved(pairs, device, ROUNDS)
+    *_, timed = interleaved(pairs, device, rounds)
     seconds = {name: quartiles([min(launch) for launch in timed[name]]) for name in runs}
     return dict(bytes=memory, seconds=seconds)
 

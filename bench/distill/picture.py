@@ -118,29 +118,34 @@ def _drift(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _costs(figure: SubFigure, costs: list[dict[str, Any]]) -> None:
-    """Peak memory and time of forward and backward, fused beside eager."""
-    memory, time = figure.subplots(1, 2)
+    """Peak memory and time of forward and backward, fused beside eager, a line a vocabulary."""
+    sizes = list(dict.fromkeys(row["words"] for row in costs))
+    grid = figure.subplots(len(sizes), 2, squeeze=False)
+    for words, axes in zip(sizes, grid, strict=True):
+        _cost(axes[0], axes[1], [row for row in costs if row["words"] == words])
+    for axes, title in zip(grid[0], ("peak memory beyond the inputs", "time"), strict=True):
+        axes.set_title(title, fontsize=9)
+    grid[0, 1].legend(frameon=False, fontsize=8)
+    figure.suptitle("(d) the loss with its gradients", fontsize=12)
+
+
+def _cost(memory: Axes, time: Axes, costs: list[dict[str, Any]]) -> None:
+    """Of one vocabulary."""
     names = [row["loss"].upper() for row in costs]
     for i, (kind, color) in enumerate((("fused", "tab:green"), ("eager", GREY))):
         places = np.arange(len(costs)) + 0.4 * i - 0.2
         bars = memory.bar(places, [row["bytes"][kind] / 1e6 for row in costs], 0.38, color=color)
-        memory.bar_label(bars, fmt="%.2f", fontsize=8)
+        memory.bar_label(bars, fmt="%.3g", fontsize=8)
         low, middle, high = 1e3 * np.array([row["seconds"][kind] for row in costs]).T
         time.bar(
             places, middle, 0.38, yerr=[middle - low, high - middle], color=color, label=kind,
             capsize=3,
         )  # fmt: skip
         for place, value, top in zip(places, middle, high, strict=True):
-            time.annotate(f"{value:.1f}", (place, top), ha="center", va="bottom", fontsize=8)
-    for axes, unit in ((memory, "peak MB beyond the inputs"), (time, "ms, median and quartiles")):
+            time.annotate(f"{value:.3g}", (place, top), ha="center", va="bottom", fontsize=8)
+    shape = costs[0]
+    memory.set_ylabel(f"{shape['positions']:,} positions\nV = {shape['words']:,}", fontsize=9)
+    for axes, unit in ((memory, "MB"), (time, "ms, median and quartiles")):
         axes.set_xticks(range(len(costs)), names)
-        axes.set_ylabel(unit)
-        axes.margins(y=0.12)
-    time.margins(y=0.3)  # room for the legend
-    time.legend(frameon=False)
-    first = costs[0]
-    figure.suptitle(
-        "(d) the loss with its gradients: "
-        f"{first['positions']:,} positions, H = {first['hidden']}, V = {first['words']:,}",
-        fontsize=12,
-    )
+        axes.set_xlabel(f"{unit}; H = {shape['hidden']}", fontsize=8)
+        axes.margins(y=0.25)  # room for the numbers and the legend
