@@ -72,53 +72,6 @@ def whole(name: str, value: Any, least: int) -> int:
     return value
 
 
-def logits_like(name: str, x: Any, any_rank: bool = False) -> None:
-    """Raise unless x is [N, V] or [B, T, V] (or of any rank), its last dimension contiguous."""
-    floating(name, x)
-    dims = x.dim()
-    if dims == 0 or not (any_rank or dims == 2 or dims == 3):
-        shapes = "[..., V]" if any_rank else "[N, V] or [B, T, V]"
-        raise ValueError(f"{name} must be {shapes}; got shape {list(x.shape)}")
-    vocab = x.shape[-1]
-    if vocab == 0:
-        raise ValueError(f"{name} must have at least one word; got shape {list(x.shape)}")
-    if x.stride(-1) != 1 and vocab > 1 and x.numel() > 0:
-        raise ValueError(
-            f"{name} must be contiguous in their last dimension; got strides "
-            f"{list(x.stride())}. {name}.contiguous() copies them once"
-        )
-
-
-def overlaps(x: Tensor) -> bool:
-    """Whether elements of x may lie in the same memory, as those of expanded tensors do."""
-    reach = 0
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
-
-
-def writable(name: str, x: Tensor, wanted: bool) -> None:
-    """Raise where a gradient is to be written over memory that overlaps itself; under
-    torch.compile it never is."""
-    if wanted and not torch.compiler.is_compiling() and overlaps(x):
-        raise ValueError(
-            f"inplace_backward needs {name} that do not overlap themselves in memory; got strides "
-            f"{list(x.stride())} for shape {list(x.shape)}. {name}.contiguous() copies them once, "
-            "inplace_backward=False writes the gradient elsewhere"
-        )
-
-
-def as_batch(x: Tensor) -> Tensor:
-    """[..., V] as [B, T, V]: a view where the strides allow it, for [N, V] and [B, T, V] always."""
-    dims = x.dim()
-    if dims == 3:
-        return x
-    return x[None] if dims == 2 else x.reshape(1, -1, x.shape[-1])
-
-
 def flat(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Row data as [N], detached and contiguous: a copy of at most N elements."""
     x = x.detach().reshape(-1)

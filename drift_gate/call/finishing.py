@@ -25,7 +25,7 @@ class Outcome(NamedTuple):
 def complete(call: Call, found: Outcome, with_entropy: bool, *dropped: str) -> LossOutput:
     """The loss and its per-token tensors; `dropped`: metrics that say nothing here."""
     shape, table = call.shape, found.table
-    shown = table.detach().view(len(table), *shape).unbind()
+    shown = table.detach().view(-1, *shape).unbind()
     token_loss = table[TOKEN_LOSS].view(shape) if table.requires_grad else shown[TOKEN_LOSS]
     metrics: Metrics = dict(zip(METRICS, found.metrics.unbind(), strict=True))
     tokens = metrics.pop("valid_tokens")

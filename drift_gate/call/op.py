@@ -174,26 +174,34 @@ def _spread(op: Op, kept: Sequence[Tensor]) -> list[Tensor | None]:
 def _define(op: Op) -> Any:
     """Register the op and its backward with torch.library."""
     fields = leaves(op.inputs)
-    names = [name for name, _ in fields]
-    count = len(op.differentiable)
     schema = ", ".join(f"{SCHEMA_TYPES[hint]} {name}" for name, hint in fields)
     results = ", ".join(f"Tensor {name}" for name in op.outputs)
-    loose = ", ".join(
-        f"{'Tensor?' if _has_tensors(hint) else SCHEMA_TYPES[hint]} {name}" for name, hint in fields
-    )
-
-    def rebuilt(values: Sequence[Any]) -> Any:
-        return unflatten(op.inputs, list(values))
 
     def forward(*values: Any) -> Tensors:
-        return _distinct(op.forward(rebuilt(values)))
+        return _distinct(op.forward(unflatten(op.inputs, list(values))))
+
+    library = torch.library.custom_op(
+        f"drift_gate::{op.name}", forward, mutates_args=(), schema=f"({schema}) -> ({results})"
+    )
+    library.register_fake(lambda *values: op.empty(unflatten(op.inputs, list(values))))
+    if op.differentiable:
+        gradient = _define_backward(op, fields)
+        _differentiate(op, [name for name, _ in fields], library, gradient)
+    return library
+
+
+def _define_backward(op: Op, fields: list[tuple[str, Any]]) -> Any:
+    """The op that makes an op's gradients, each of them a result of its own: ops that write to a
+    list may not return one. [0] stands for none, and for one that is handed out."""
+    names = [name for name, _ in fields]
+    leaves_at = [names.index(name) for name in op.differentiable]
 
     def backward(*values: Any) -> Tensor | Tensors:
         *inputs, outputs, grads, needs = values
-        x = rebuilt(inputs)
+        x = unflatten(op.inputs, list(inputs))
         found = op.backward(x, _spread(op, outputs), grads, needs)
         places = [x.untyped_storage().data_ptr() for x in outputs]
-        like = inputs[names.index(op.differentiable[0])]
+        like = inputs[leaves_at[0]]
         return returned(
             like.new_empty(0)
             if grad is None or grad.untyped_storage().data_ptr() in places
@@ -201,41 +209,46 @@ def _define(op: Op) -> Any:
             for grad in found
         )
 
-    def empty_gradients(*values: Any) -> Tensor | Tensors:
+    def empty(*values: Any) -> Tensor | Tensors:
         *inputs, outputs, _, needs = values
-        found = []
-        for i, leaf in enumerate(leaf_of(inputs)):
-            handed = op.hands_out and outputs[op.hands_out[i]].dtype == leaf.dtype
-            if leaf is None or not needs[i] or handed:
-                found.append(inputs[names.index(op.differentiable[0])].new_empty(0))
+        like, found = inputs[leaves_at[0]], []
+        for i, at in enumerate(leaves_at):
+            leaf = inputs[at]
+            if leaf is None or not needs[i] or _handed(op, outputs, i, leaf) is not None:
+                found.append(like.new_empty(0))
             else:
                 found.append(torch.empty_like(leaf, memory_format=torch.contiguous_format))
         return returned(found)
 
     def returned(gradients: Iterable[Tensor]) -> Tensor | Tensors:
         several = tuple(gradients)
-        return several if count > 1 else several[0]
+        return several if len(several) > 1 else several[0]
 
-    def leaf_of(values: Sequence[Any]) -> list[Any]:
-        return [values[names.index(name)] for name in op.differentiable]
-
-    name = f"drift_gate::{op.name}"
-    custom = torch.library.custom_op
-    library = custom(name, forward, mutates_args=(), schema=f"({schema}) -> ({results})")
-    library.register_fake(lambda *values: op.empty(rebuilt(values)))
-    if not count:
-        return library
-    # Each gradient is a result of its own: ops that write to a list may not return one.
-    kept_type = "Tensor(a!)[]" if op.hands_out else "Tensor[]"
-    gradient = custom(
-        f"{name}_backward",
+    schema = ", ".join(
+        f"{'Tensor?' if _has_tensors(hint) else SCHEMA_TYPES[hint]} {name}" for name, hint in fields
+    )
+    kept = "Tensor(a!)[]" if op.hands_out else "Tensor[]"
+    gradient = torch.library.custom_op(
+        f"drift_gate::{op.name}_backward",
         backward,
         mutates_args=("kept_outputs",) if op.hands_out else (),
-        schema=f"({loose}, {kept_type} kept_outputs, Tensor?[] gradients, bool[] needs)"
-        f" -> ({', '.join(['Tensor'] * count)})",
+        schema=f"({schema}, {kept} kept_outputs, Tensor?[] gradients, bool[] needs)"
+        f" -> ({', '.join(['Tensor'] * len(leaves_at))})",
     )
-    gradient.register_fake(empty_gradients)
+    gradient.register_fake(empty)
+    return gradient
 
+
+def _handed(op: Op, outputs: Sequence[Tensor], i: int, leaf: Tensor) -> Tensor | None:
+    """The output, of those kept, that becomes the gradient of an op's i-th leaf."""
+    if not op.hands_out:
+        return None
+    output = outputs[op.hands_out[i]]
+    return output if output.dtype == leaf.dtype else None
+
+
+def _differentiate(op: Op, names: list[str], library: Any, gradient: Any) -> None:
+    """Tell autograd that `gradient` makes an op's gradients."""
     saved = tuple(dict.fromkeys((*op.differentiable, *op.kept)))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -244,25 +257,23 @@ def _define(op: Op) -> Any:
         ctx.save_for_backward(*tensors, *[output[i] for i in op.kept_outputs])
         ctx.values = [None if isinstance(x, Tensor) else x for x in inputs]
 
-    def autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         values = list(ctx.values)
         for field, x in zip(saved, ctx.saved_tensors, strict=False):
             values[names.index(field)] = x
-        needs = [ctx.needs_input_grad[names.index(field)] for field in op.differentiable]
+        places = [names.index(field) for field in op.differentiable]
+        needs = [ctx.needs_input_grad[at] for at in places]
         outputs = list(ctx.saved_tensors[len(saved) :])
         found = gradient(*values, outputs, list(grads[: op.grads]), needs)
-        found = found if count > 1 else (found,)
+        found = found if len(places) > 1 else (found,)
         given: list[Tensor | None] = [None] * len(names)
-        for i in range(count):
+        for i, at in enumerate(places):
             if needs[i]:
-                leaf = values[names.index(op.differentiable[i])]
-                handed = op.hands_out and outputs[op.hands_out[i]].dtype == leaf.dtype
-                grad = outputs[op.hands_out[i]] if handed else found[i]
-                given[names.index(op.differentiable[i])] = grad
+                handed = _handed(op, outputs, i, values[at])
+                given[at] = found[i] if handed is None else handed
         return tuple(given)
 
-    library.register_autograd(autograd, setup_context=setup_context)
-    return library
+    library.register_autograd(backward, setup_context=setup_context)
 
 
 def _distinct(outputs: Tensors) -> Tensors:

@@ -108,88 +108,83 @@ def take_rows(
         rule = gate
     if backend == "reference":
         _whole_batch(ranks, normalizer)
-    if labels is None:
-        if labelled and (old_log_probs is not None or isinstance(rule, DriftGate)):
-            raise ValueError(
-                "labels must be a tensor where a gate or old_log_probs are used; got None"
-            )
-    else:
+    if labels is not None:
         arguments.integer("labels", labels)
         if labels.shape != shape or labels.device != device:
             arguments.like("labels", labels, shape, device, of)
+    elif labelled and (old_log_probs is not None or isinstance(rule, DriftGate)):
+        raise ValueError("labels must be a tensor where a gate or old_log_probs are used; got None")
     arguments.number("temperature", temperature, 0)
     part = bool(ranks.group) or normalizer is not None
     gated, weights = _gate(rule, old_log_probs, part, shape, device, dtype)
-    units = gated.granularity, unit
-    spans = _spans(span_ids, "span" in units, shape, device, base)
+    spans = _spans(span_ids, "span" in (gated.granularity, unit), shape, device, base)
     length = None if cu_seqlens is not None else shape[-1]
     if type(reduction) is str and not ranks.any and not torch.compiler.is_compiling():
         how, reduce, divisor = _reduce_by_name(reduction, length, part)
     else:
         how = as_reduction(reduction)
         reduce, divisor = _reduce(how, length, ranks, part, device)
+    mask = old = weighed = positions = None
+    if response_mask is not None:
+        mask = mask_of(response_mask, shape, device, base)
+    if old_log_probs is not None:
+        old = arguments.row_data("old_log_probs", old_log_probs, shape, device, base, dtype)
+    if row_weights is not None:
+        weighed = arguments.row_data("row_weights", row_weights, shape, device, "labels", dtype)
     if cu_seqlens is not None:
         cu_seqlens = borders_of(cu_seqlens, shape, device, base)
-    mask = response_mask
-    if mask is not None:
-        mask = mask_of(mask, shape, device, base)
-    positions = None
     if position_ids is not None:
         arguments.integer("position_ids", position_ids)
         arguments.like("position_ids", position_ids, shape, device, base)
         positions = arguments.flat(position_ids, torch.int64) if ranks.context else None
-    n_rows = math.prod(shape)
     rows = RowInputs(
-        mask,
-        None
-        if old_log_probs is None
-        else arguments.row_data("old_log_probs", old_log_probs, shape, device, base, dtype),
-        spans,
-        positions,
-        cu_seqlens,
-        weights,
-        None
-        if row_weights is None
-        else arguments.row_data("row_weights", row_weights, shape, device, "labels", dtype),
-        divisor,
-        n_rows,
-        shape[-1],
-        gated,
-        reduce,
-        how.mode == "none",
+        mask, old, spans, positions, cu_seqlens, weights, weighed, divisor, math.prod(shape),
+        shape[-1], gated, reduce, how.mode == "none",
         NEVER if ignore_index is None else ignore_index,
-        labels is not None and ignore_index is not None,
-        vocab,
-        validate or device.type == "cpu",
-        ranks.group,
-        ranks.context,
-        normalizer is not None,
-        backend,
-    )
-    if ranks.any:
-        ranks.tell(
-            shape,
-            gate=rule if isinstance(rule, DriftGate) else type(rule).__name__,
-            normalizer=normalizer is not None,
-            reduction=how.mode,
-            dp_size=how.dp_size,
-            batch_num_tokens=how.batch_num_tokens,
-            global_batch_size=how.global_batch_size,
-            loss_scale_factor=how.loss_scale_factor,
-            dtype=dtype,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            labels=labels is not None,
-            old_log_probs=old_log_probs is not None,
-            row_weights=row_weights is not None,
-            position_ids=position_ids is not None,
-        )
+        labels is not None and ignore_index is not None, vocab, validate or device.type == "cpu",
+        ranks.group, ranks.context, normalizer is not None, backend,
+    )  # fmt: skip
     ids = None if labels is None else arguments.flat(labels)
-    if ranks.reads:  # what a pass would find wrong on one rank while the others wait for it
-        passes_of(backend).valid_rows(
-            ids, mask, rows.ignore_index, vocab, cu_seqlens, n_rows, device, True
-        )
-    return Call(ids, rows, shape, normalizer, dtype)
+    call = Call(ids, rows, shape, normalizer, dtype)
+    if ranks.any:
+        _agree(
+            ranks, call, rule, how, device, temperature=temperature, ignore_index=ignore_index,
+            position_ids=position_ids is not None,
+        )  # fmt: skip
+    return call
+
+
+def _agree(
+    ranks: Meeting,
+    call: Call,
+    rule: DriftGate | Tensor | None,
+    how: Reduction,
+    device: torch.device,
+    **others: object,
+) -> None:
+    """Tell the other ranks what a call is of, and look for values that are wrong on this rank
+    alone while the others wait for it."""
+    rows = call.rows
+    ranks.tell(
+        call.shape,
+        gate=rule if isinstance(rule, DriftGate) else type(rule).__name__,
+        normalizer=call.normalizer is not None,
+        reduction=how.mode,
+        dp_size=how.dp_size,
+        batch_num_tokens=how.batch_num_tokens,
+        global_batch_size=how.global_batch_size,
+        loss_scale_factor=how.loss_scale_factor,
+        dtype=call.dtype,
+        labels=call.labels is not None,
+        old_log_probs=rows.old is not None,
+        row_weights=rows.row_weights is not None,
+        **others,
+    )
+    if ranks.reads:
+        passes_of(rows.backend).valid_rows(
+            call.labels, rows.response_mask, rows.ignore_index, rows.vocab, rows.cu_seqlens,
+            rows.n_rows, device, True,
+        )  # fmt: skip
 
 
 def _whole_batch(ranks: Meeting, normalizer: Collector | None) -> None:

@@ -11,7 +11,7 @@ from ..choices import ADVANTAGES, ESTIMATORS, GRANULARITIES
 from ..options import Clip, as_clip
 from ..passes.rules import PositionRule
 from . import arguments
-from .rows import RowInputs, Student
+from .rows import Student
 
 RATIOS = tuple(GRANULARITIES)
 
@@ -106,9 +106,9 @@ def target_of(
     )
 
 
-def check_old(position: PositionRule, rows: RowInputs) -> None:
-    """Raise where the advantage or the ratio lacks what it is taken from."""
-    if position.ratio != "token" and rows.context:
+def check_cut(position: PositionRule) -> None:
+    """Raise where a ratio is taken over more than a token of sequences that are cut over ranks."""
+    if position.ratio != "token":
         raise ValueError(
             "ratio must be 'token' where sequences are cut over ranks (position_ids); got "
             f"{position.ratio!r}"

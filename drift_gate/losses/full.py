@@ -8,7 +8,7 @@ from torch import Tensor
 from ..call import arguments, gradients, recording
 from ..call.finishing import Outcome, complete
 from ..call.lists import check_beta
-from ..call.logits import of_logits
+from ..call.logits import as_batch, logits_like, of_logits
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
 from ..call.weighing import empty_finished, finish, valid_rows
@@ -96,13 +96,11 @@ def full_loss(
         if teacher_temperature is None:
             teacher_temperature = temperature
         arguments.number("teacher_temperature", teacher_temperature, 0)
-        arguments.logits_like("logits", logits)
-        arguments.writable("logits", logits, inplace_backward)
+        student, batch, _, _ = of_logits(logits, None, inplace_backward, backend)
         _check_teacher(logits, teacher_logits)
         vocab = shared_words(
             logits.shape[-1], teacher_logits.shape[-1], vocab_size, ("logits", "teacher_logits")
         )
-        student, _, _ = of_logits(logits, None, backend)
         chosen = resolve(backend, logits, teacher_logits)
         call = take_rows(
             student._replace(vocab=vocab), labels, old_log_probs, gate=gate,
@@ -133,8 +131,8 @@ def full_loss(
     teacher = teacher_logits if vocab_size is None else teacher_logits[..., :vocab]
     loss, table, metrics, totals, valid, now, entropy, _ = FULL(
         Inputs(
-            arguments.as_batch(logits),
-            arguments.as_batch(teacher.detach()),
+            batch,
+            as_batch(teacher.detach()),
             call.labels,
             call.rows,
             limit_of(direction, beta, FULL_DIRECTIONS),
@@ -179,7 +177,7 @@ def _check_teacher(logits: Tensor, teacher: Tensor) -> None:
         raise ValueError(
             f"teacher_logits must be on the device of logits, {logits.device}; got {teacher.device}"
         )
-    arguments.logits_like("teacher_logits", teacher)
+    logits_like("teacher_logits", teacher)
 
 
 def shared_words(

@@ -9,7 +9,7 @@ from ..call import arguments, recording
 from ..call.finishing import Outcome, complete
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
-from ..call.sampled import check_old, position_of, target_of
+from ..call.sampled import check_cut, position_of, target_of
 from ..call.weighing import empty_finished, finish, valid_rows
 from ..choices import Advantage
 from ..gate import DriftGate
@@ -98,7 +98,8 @@ def linear_opd_loss(
     with meeting(parallel, position_ids, "" if shard is None else shard.group) as ranks:
         ranks.expect(hidden_states, validate)
         inputs, student, chosen = take_head(hidden_states, head, temperature, backend, shard)
-        arguments.integer("labels", labels)
+        if labels is None:
+            arguments.integer("labels", labels)
         position = position_of(
             estimator, clip, advantage, ratio, teacher_log_prob_min, advantages is not None
         )
@@ -109,7 +110,8 @@ def linear_opd_loss(
             reduction=reduction, validate=validate, backend=chosen, ranks=ranks, unit=ratio,
             trains=any(needs_of(*inputs[:3])),
         )  # fmt: skip
-        check_old(position, call.rows)
+        if ranks.context:
+            check_cut(position)
         target = target_of(student, estimator, old_log_probs, teacher_log_probs, advantages)
         if ranks.any:
             ranks.tell(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..call import arguments
 from ..call.gradients import expand
-from ..call.logits import empty_scan, resolve_for
+from ..call.logits import as_batch, empty_scan, logits_like, resolve_for, writable
 from ..call.op import Op, Tensors
 from ..call.rows import NEVER
 from ..options import Parallel, check_groups, refuse
@@ -62,8 +62,9 @@ def token_log_probs(
     logits, shard = local_words("logits", logits, parallel, -1)
     with meeting(parallel, None, "" if shard is None else shard.group) as ranks:
         ranks.expect(logits)
-        arguments.logits_like("logits", logits, any_rank=True)
-        arguments.writable("logits", logits, inplace_backward)
+        logits_like("logits", logits, any_rank=True)
+        if inplace_backward:
+            writable("logits", logits)
         arguments.integer("labels", labels)
         shape = logits.shape[:-1]
         if labels.shape != shape or labels.device != logits.device:
@@ -89,7 +90,7 @@ def token_log_probs(
         shard = whole(logits.shape[-1])
     log_probs, entropy, *_ = LOG_PROBS(
         LogProbs(
-            arguments.as_batch(logits),
+            as_batch(logits),
             labels,
             ignored,
             1 / float(temperature),
@@ -208,7 +209,7 @@ def gather_lse(
     logits, shard = local_words("logits", logits, parallel, -1)
     with meeting(parallel, None, "" if shard is None else shard.group) as ranks:
         ranks.expect(logits)
-        arguments.logits_like("logits", logits, any_rank=True)
+        logits_like("logits", logits, any_rank=True)
         if shard is None:
             shard = whole(logits.shape[-1])
         check_ids(ids, logits.shape[:-1], logits.device, shard.total, "logits with K for V")
@@ -221,7 +222,7 @@ def gather_lse(
 
         return reference.gather_lse(logits, ids, temperature=temperature)
     z, lse, *_ = GATHER_LSE(
-        Listed(arguments.as_batch(logits), ids.contiguous(), 1 / float(temperature), shard, chosen)
+        Listed(as_batch(logits), ids.contiguous(), 1 / float(temperature), shard, chosen)
     )
     return z, lse
 

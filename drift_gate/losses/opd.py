@@ -11,7 +11,7 @@ from ..call.gradients import expand, row_gradient
 from ..call.logits import empty_scan, of_logits
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
-from ..call.sampled import check_old, position_of, target_of
+from ..call.sampled import check_cut, position_of, target_of
 from ..call.weighing import empty_finished, finish, valid_rows
 from ..choices import Advantage
 from ..gate import DriftGate
@@ -143,9 +143,9 @@ def opd_loss(
     logits, shard = local_words("logits", logits, parallel, -1)
     with meeting(parallel, position_ids, "" if shard is None else shard.group) as ranks:
         ranks.expect(logits, validate)
-        student, chosen, shard = of_logits(logits, shard, backend)
-        arguments.writable("logits", logits, inplace_backward)
-        arguments.integer("labels", labels)
+        student, batch, chosen, shard = of_logits(logits, shard, inplace_backward, backend)
+        if labels is None:
+            arguments.integer("labels", labels)
         position = position_of(
             estimator, clip, advantage, ratio, teacher_log_prob_min, advantages is not None
         )
@@ -156,7 +156,8 @@ def opd_loss(
             reduction=reduction, validate=validate, backend=chosen, ranks=ranks, unit=ratio,
             trains=logits.requires_grad,
         )  # fmt: skip
-        check_old(position, call.rows)
+        if ranks.context:
+            check_cut(position)
         target = target_of(student, estimator, old_log_probs, teacher_log_probs, advantages)
         if ranks.any:
             ranks.tell(**position._asdict(), entropy=return_entropy)
@@ -174,7 +175,7 @@ def opd_loss(
     assert call.labels is not None
     loss, table, metrics, totals, valid, log_probs, entropy, *_ = OPD(
         Inputs(
-            arguments.as_batch(logits),
+            batch,
             call.labels,
             target,
             call.rows,

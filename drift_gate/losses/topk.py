@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import arguments, recording
+from ..call import recording
 from ..call.finishing import Outcome, complete
 from ..call.gradients import expand, row_gradient
 from ..call.lists import (
@@ -118,8 +118,7 @@ def topk_loss(
     with meeting(parallel, position_ids, "" if shard is None else shard.group) as ranks:
         ranks.expect(logits, validate)
         kind = kind_of(direction, support, beta, log_prob_floor, teacher_temperature)
-        student, chosen, shard = of_logits(logits, shard, backend)
-        arguments.writable("logits", logits, inplace_backward)
+        student, batch, chosen, shard = of_logits(logits, shard, inplace_backward, backend)
         call = take_rows(
             student, labels, old_log_probs, gate=gate, response_mask=response_mask,
             cu_seqlens=cu_seqlens, span_ids=span_ids, position_ids=position_ids,
@@ -154,7 +153,7 @@ def topk_loss(
         )  # fmt: skip
     loss, table, metrics, totals, valid, now, entropy, sizes, *_ = TOPK(
         Inputs(
-            arguments.as_batch(logits),
+            batch,
             call.labels,
             lists,
             call.rows,

@@ -32,6 +32,8 @@ class Meeting:
         self.shape = ""
         self.device: torch.device | None = None
         self.any = bool(group or context or vocab)
+        self.reads = False
+        """Whether the ranks meet, and values that only one of them finds wrong can be told."""
 
     @property
     def names(self) -> dict[str, str]:
@@ -42,16 +44,13 @@ class Meeting:
             "parallel.group": self.group,
         }
 
-    @property
-    def reads(self) -> bool:
-        """Whether the ranks meet, and values that only one of them finds wrong can be told."""
-        return self.device is not None and not torch.compiler.is_compiling()
-
     def expect(self, x: object, validate: bool = False) -> None:
         """Decide by a tensor's device whether the ranks meet, before anything can fail."""
+        if not self.any:
+            return
         device = x.device if isinstance(x, Tensor) else torch.device("cpu")
-        if self.any and (validate or device.type == "cpu"):
-            self.device = device
+        if validate or device.type == "cpu":
+            self.device, self.reads = device, not torch.compiler.is_compiling()
 
     def tell(self, shape: Sequence[int] | None = None, /, **facts: object) -> None:
         """What the ranks must share; the shape only those that work on the same rows."""

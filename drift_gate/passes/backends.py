@@ -48,7 +48,9 @@ def resolve(backend: str, *tensors: Tensor) -> str:
         TypeError: Triton or C asked for float64.
     """
     first = tensors[0]
-    narrow = all(x.dtype in native.KINDS for x in tensors)
+    narrow = True
+    for x in tensors:  # a comprehension is one more call
+        narrow = narrow and x.dtype in native.KINDS
     if backend == "auto":
         if first.is_cuda and narrow and HAS_TRITON:
             return "triton"

@@ -49,8 +49,10 @@ enabled = os.environ.get("DRIFT_GATE_NATIVE", "1") != "0"
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the functions here run on these tensors."""
-    fit = all(x.is_cpu and x.dtype in KINDS for x in tensors)
-    return fit and enabled and _found()
+    for x in tensors:
+        if not (x.is_cpu and x.dtype in KINDS):
+            return False
+    return enabled and _found()
 
 
 def _found() -> bool:

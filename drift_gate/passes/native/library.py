@@ -104,7 +104,10 @@ def run(name: str, job: bytes, rows: int, words: int, for_set: bool = True) -> i
     """
     work = function(name, for_set)
     if rows * words < FEW_WORDS or (workers := torch.get_num_threads()) == 1:
-        return checked(work(job, 0, rows))
+        code = work(job, 0, rows)
+        if code == NO_MEMORY:
+            raise no_memory()
+        return code
     address = ctypes.cast(work, ctypes.c_void_p).value  # type: ignore[arg-type]
     size = max(1, min(MOST_WORDS // words, rows // (workers * TASKS_PER_WORKER)))
     taken = ctypes.c_int64(0)
@@ -115,11 +118,11 @@ def run(name: str, job: bytes, rows: int, words: int, for_set: bool = True) -> i
         found.append(shared(address, job, rows, size, ctypes.addressof(taken)))
 
     share(range(workers), take_part, workers)
-    return checked(min((code for code in found if code), default=0))
+    if NO_MEMORY in found:
+        raise no_memory()
+    return min((code for code in found if code), default=0)
 
 
-def checked(code: int) -> int:
-    """The code that a function returned. Raises MemoryError for NO_MEMORY."""
-    if code == NO_MEMORY:
-        raise MemoryError("drift_gate found no memory for a few rows of data")
-    return code
+def no_memory() -> MemoryError:
+    """What to raise where a function has returned NO_MEMORY."""
+    return MemoryError("drift_gate found no memory for a few rows of data")

@@ -20,7 +20,7 @@ from ..rules import (
 )
 from . import errors
 from .jobs import FINISH, GATE, MEASURED_ROWS, POSITION, REDUCE, VALID_ROWS
-from .library import checked, choice, function
+from .library import NO_MEMORY, choice, function, no_memory
 from .tensors import BOOL, CPU, FLOAT32, INT32, INT64, booleans, floats, listed, mask_kind
 
 FLOAT64 = torch.float64
@@ -72,7 +72,8 @@ def measured_rows(data: RowData, gate: GateRule) -> Tensor:
     packed, spans, _ = _gate(gate)
     _kept, row_data = _row_data(data._replace(old=None, measured=None), spans)
     job = MEASURED_ROWS.pack(*row_data, measured.data_ptr(), gate.sample_every)
-    checked(function("measured_rows", False)(job + packed, 0, n))
+    if function("measured_rows", False)(job + packed, 0, n) == NO_MEMORY:
+        raise no_memory()
     return measured
 
 
@@ -164,7 +165,8 @@ def _finish(
     _kept, row_data = _row_data(data, by_span)
     _kept_too, floats_at = floats(n, given, row_weights, target)
     job = FINISH.pack(*row_data, *floats_at, *outputs)
-    checked(function("finish", False)(job + packed, 0, n))
+    if function("finish", False)(job + packed, 0, n) == NO_MEMORY:
+        raise no_memory()
 
 
 def _row_data(data: RowData, by_span: bool) -> tuple[Any, tuple[int, ...]]:
