@@ -41,7 +41,7 @@ def expand(
     return out
 
 
-def overwritten(x: Tensor) -> None:
+def overwritten(x: Tensor | Sequence[Tensor]) -> None:
     """Tell autograd that x holds a gradient now: it then refuses whatever still needs x."""
     torch.autograd.graph.increment_version(x)
 

@@ -51,7 +51,7 @@ def local_head(
     """
     head = as_head(head)
     tensor_parallel = hasattr(hidden_states, "to_local")
-    asked = as_parallel(parallel).vocab_parallel_group is not None
+    asked = parallel is not None and as_parallel(parallel).vocab_parallel_group is not None
     if not asked and not tensor_parallel:
         return hidden_states, head, None
     if tensor_parallel:
@@ -85,7 +85,8 @@ def take_head(
     With a shard, weight and bias are this rank's and the hidden states are all ranks' alike.
     """
     name, at = f"{prefix}hidden_states", f"{prefix}head"
-    head = as_head(head, at)
+    if not isinstance(head, Head):
+        head = as_head(head, at)
     arguments.floating(name, hidden_states)
     if hidden_states.dim() not in (2, 3):
         shape = list(hidden_states.shape)

@@ -45,7 +45,10 @@ class Plan(NamedTuple):
 
     def empty(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """New tensors."""
-        a, b, c, d = (gradients.empty(shape, dtype, device) for shape, dtype in self)
+        found = []
+        for shape, dtype in self:
+            found.append(gradients.empty(shape, dtype, device))
+        a, b, c, d = found
         return a, b, c, d
 
 

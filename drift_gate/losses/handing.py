@@ -70,8 +70,7 @@ def hand_out(
     dtypes = [sums[3].dtype if leaf is None else leaf.dtype for leaf in leaves]
     grads = finish_sums(sums, whole, dtypes, x.backend)
     if factor is not None:  # these were kept, and are no more what they were
-        for kept in sums:
-            overwritten(kept)
+        overwritten(sums)
     return sum_over_shards(x, grads, needs)
 
 

@@ -98,12 +98,13 @@ def linear_full_loss(
         theirs, teacher = _teacher(teacher_hidden_states, teacher_head, teacher_temperature)
         resolve(chosen, inputs.hidden, theirs.hidden)
         student = _shared(student, teacher, vocab_size)
+        needs = needs_of(*inputs[:3])
         call = take_rows(
             student, labels, old_log_probs, gate=gate, response_mask=response_mask,
             cu_seqlens=cu_seqlens, span_ids=span_ids, position_ids=position_ids,
             row_weights=row_weights, temperature=temperature, ignore_index=ignore_index,
             reduction=reduction, validate=validate, backend=chosen, ranks=ranks,
-            trains=any(needs_of(*inputs[:3])),
+            trains=any(needs),
         )  # fmt: skip
         if ranks.any:
             ranks.tell(
@@ -145,7 +146,7 @@ def linear_full_loss(
             rule,
             words,
             return_entropy,
-            needs_of(hidden, weight, bias),
+            needs,
             chosen,
         )
     )

@@ -103,12 +103,13 @@ def linear_opd_loss(
         position = position_of(
             estimator, clip, advantage, ratio, teacher_log_prob_min, advantages is not None
         )
+        needs = needs_of(*inputs[:3])
         call = take_rows(
             student, labels, old_log_probs, gate=gate, response_mask=response_mask,
             cu_seqlens=cu_seqlens, span_ids=span_ids, position_ids=position_ids,
             row_weights=row_weights, temperature=temperature, ignore_index=ignore_index,
             reduction=reduction, validate=validate, backend=chosen, ranks=ranks, unit=ratio,
-            trains=any(needs_of(*inputs[:3])),
+            trains=any(needs),
         )  # fmt: skip
         if ranks.context:
             check_cut(position)
@@ -145,7 +146,7 @@ def linear_opd_loss(
             rule,
             words,
             return_entropy,
-            needs_of(hidden, weight, bias),
+            needs,
             chosen,
         )
     )

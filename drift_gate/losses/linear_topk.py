@@ -113,12 +113,13 @@ def linear_topk_loss(
         ranks.expect(hidden_states, validate)
         kind = kind_of(direction, support, beta, log_prob_floor, teacher_temperature)
         inputs, student, chosen = take_head(hidden_states, head, temperature, backend, shard)
+        needs = needs_of(*inputs[:3])
         call = take_rows(
             student, labels, old_log_probs, gate=gate, response_mask=response_mask,
             cu_seqlens=cu_seqlens, span_ids=span_ids, position_ids=position_ids,
             row_weights=row_weights, temperature=temperature, ignore_index=ignore_index,
             reduction=reduction, validate=validate, backend=chosen, ranks=ranks,
-            trains=any(needs_of(*inputs[:3])),
+            trains=any(needs),
         )  # fmt: skip
         lists = take_lists(
             student, teacher_topk_ids, teacher_topk_log_probs, support,
@@ -165,7 +166,7 @@ def linear_topk_loss(
             rule,
             words,
             return_entropy,
-            needs_of(hidden, weight, bias),
+            needs,
             chosen,
         )
     )

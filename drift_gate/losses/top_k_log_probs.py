@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..call import arguments
-from ..call.logits import resolve_for
+from ..call.logits import as_batch, logits_like, resolve_for
 from ..call.op import Op, Tensors
 from ..call.rows import NEVER, mask_of
 from ..options import Parallel, check_groups
@@ -54,7 +54,7 @@ def top_k_log_probs(
     logits, shard = local_words("logits", logits, parallel, -1)
     with meeting(parallel, None, "" if shard is None else shard.group) as ranks:
         ranks.expect(logits)
-        arguments.logits_like("logits", logits, any_rank=True)
+        logits_like("logits", logits, any_rank=True)
         arguments.number("temperature", temperature, 0)
         chosen = resolve_for(backend, shard, logits)
         shape = logits.shape[:-1]
@@ -71,7 +71,7 @@ def top_k_log_probs(
         )
     if shard is None:
         shard = whole(logits.shape[-1])
-    rows, scale = arguments.as_batch(logits.detach()), 1 / float(temperature)
+    rows, scale = as_batch(logits.detach()), 1 / float(temperature)
     ids, log_probs = TOP_K(Listing(rows, mask, k, scale, shard, chosen))
     return TopKOutput(ids.view(*shape, k), log_probs.view(*shape, k))
 
