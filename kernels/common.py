@@ -36,6 +36,11 @@ def is_aligned(x: Tensor, vector: int) -> bool:
     return x.data_ptr() % ALIGNMENT == 0 and all(s % vector == 0 for s in strides)
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """x [N, H] with its last dimension contiguous."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 @functools.cache
 def programs_wanted(device: torch.device) -> int:
     """Programs of 256 threads that fill the device once (a multiprocessor holds 2048 threads)."""

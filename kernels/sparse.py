@@ -1,6 +1,5 @@
-"""Sparse products of an LM head: K rows of it for each row of hidden states.
+"""Sparse products of an LM head: the gradients of K listed words for each row of hidden states.
 
-    gather        z_nk = hidden_n . W[ids_nk] + bias[ids_nk]
     weigh_words   grad_hidden_n = sum_k slope_nk W[ids_nk]
     sum_words     grad_weight_v = sum over the entries (n, k) with ids_nk = v of slope_nk hidden_n
 
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import ceil_div, power_of_2
+from .common import ceil_div, power_of_2, rows_of
 from .launch import launch
 
 # Elements of a row in a tile, rows of a tile, warps: as fast for lists that are drawn evenly as for
@@ -29,48 +28,7 @@ WEIGH_WIDTH, WEIGH_ENTRIES, WEIGH_WARPS = 512, 2, 1
 SUM_WIDTH, SUM_WARPS = 1024, 2
 SEGMENT = 128  # entries at least,
 SCRATCH = 1 << 24  # and so many that the sums of the segments are about as many float32
-GATHER_ENTRIES = 8
-GATHER_BYTES = 512  # of a row in a tile
 KEYS = 1024  # of a program
-
-
-@triton.jit
-def _gather(
-    hidden,  # [N, H], rows `hidden_stride` apart
-    weight,  # [V, H], rows `weight_stride` apart
-    bias,  # [V], or None
-    ids,  # [N, K] int32 or int64
-    valid,  # [N] uint8
-    out,  # [N, K] float32 out
-    hidden_stride,
-    weight_stride,
-    vocab,
-    width,  # H
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    live = tl.load(valid + row) != 0
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    word = tl.load(ids + row * K + k, mask=k < K, other=-1).to(tl.int64)
-    known = (word >= 0) & (word < vocab) & live
-    total = tl.zeros([BLOCK_K, WIDTH], tl.float32)
-    for start in range(0, width, WIDTH):
-        column = start + tl.arange(0, WIDTH)
-        inside = column < width
-        h = tl.load(hidden + row * hidden_stride + column, mask=inside & live, other=0.0)
-        w = tl.load(
-            weight + word[:, None] * weight_stride + column[None, :],
-            mask=known[:, None] & inside[None, :],
-            other=0.0,
-        )
-        total += w.to(tl.float32) * h.to(tl.float32)[None, :]
-    z = tl.sum(total, 1)
-    if bias is not None:
-        z += tl.load(bias + word, mask=known, other=0.0).to(tl.float32)
-    z = tl.where(known, z, float("nan"))
-    tl.store(out + row * K + k, tl.where(live, z, 0.0), mask=k < K)
 
 
 @triton.jit
@@ -220,55 +178,12 @@ def _keys(ids, keys, entries, vocab, KEYS: tl.constexpr):
     tl.store(keys + at, word.to(tl.int32), mask=at < entries)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x [N, H] with its last dimension contiguous."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def gather(
-    hidden: Tensor,  # [N, H] bfloat16, float16 or float32
-    weight: Tensor,  # [V, H] the same dtype
-    bias: Tensor | None,  # [V]
-    ids: Tensor,  # [N, K] int32 or int64, contiguous
-    valid: Tensor,  # [N] bool
-) -> Tensor:
-    """hidden . W[ids] + bias[ids], [N, K] float32; 0 on invalid rows.
-
-    An id outside the vocabulary is not read and gives NaN.
-    """
-    hidden, weight = _rows(hidden), _rows(weight)
-    (n, k), (vocab, width) = ids.shape, weight.shape
-    out = torch.empty(n, k, dtype=torch.float32, device=hidden.device)
-    block = min(GATHER_ENTRIES, power_of_2(k))  # for one warp, which needs no barrier
-    tile = GATHER_BYTES * (2 if block == 1 else 1) // weight.element_size()
-    if n:
-        launch(
-            _gather,
-            (n, ceil_div(k, block)),
-            hidden,
-            weight,
-            bias,
-            ids,
-            valid.view(torch.uint8),
-            out,
-            hidden.stride(0),
-            weight.stride(0),
-            vocab,
-            width,
-            K=k,
-            BLOCK_K=block,
-            WIDTH=min(tile, power_of_2(width)),
-            num_warps=1,
-        )
-    return out
-
-
 def weigh_words(weight: Tensor, ids: Tensor, slope: Tensor) -> Tensor:
     """sum_k slope_k W[ids_k], [N, H] in the dtype of W [V, H]; ids and slope [N, K].
 
     Ids outside the vocabulary are no words.
     """
-    weight = _rows(weight)
+    weight = rows_of(weight)
     (n, k), (vocab, width) = ids.shape, weight.shape
     out = torch.empty(n, width, dtype=weight.dtype, device=weight.device)
     tile = min(WEIGH_WIDTH, power_of_2(width))
@@ -321,7 +236,7 @@ def sum_words(
     words: Tensor,  # [N K]
 ) -> Tensor:
     """Row v: the sum of slope * hidden over the entries of word v; [V, H] like hidden."""
-    hidden = _rows(hidden)
+    hidden = rows_of(hidden)
     vocab, width, entries = len(starts) - 1, hidden.shape[1], len(order)
     out = torch.empty(vocab, width, dtype=hidden.dtype, device=hidden.device)
     tile = min(SUM_WIDTH, power_of_2(width))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drift_gate.kernels import gather as gathering
 from drift_gate.kernels import sparse as kernels
 from support.heads import FORMS, assert_same_budget, draw_head, run_head
 from support.launches import record_launches
@@ -36,11 +37,32 @@ def test_gather(kernels_on_cpu, shape, dtype):
     valid = torch.arange(len(hidden), device=kernels_on_cpu) != 1
     hidden[1] = torch.nan
     for some in (bias, None):
-        got = kernels.gather(hidden, weight, some, ids, valid).cpu()
+        got = gathering.gather(hidden, weight, some, ids, valid).cpu()
         wide = [None if x is None else x.double().cpu() for x in (hidden, weight, some)]
         expected = plain.head_gather(*wide, ids.cpu(), valid.cpu())
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
         assert (got[1] == 0).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("room", [1, 1000])
+def test_gather_in_slices_of_columns(kernels_on_cpu, monkeypatch, dtype, room):
+    """Whole and partial slices, lists and sums; all rows at a time and one."""
+    for name, value in dict(CACHE=0, SLICE=32, SLICE_ENTRIES=4, SUM_TILE=16, SCRATCH=room).items():
+        monkeypatch.setattr(gathering, name, value)
+    hidden, weight, bias, ids, _ = draw(5, 7, 30, 83, dtype, kernels_on_cpu)
+    ids[0, 1], ids[3, 6], ids[4, 0] = -1, 30, 2**40
+    valid = torch.arange(5, device=kernels_on_cpu) != 1
+    hidden[1] = torch.nan
+    with record_launches() as launches:
+        sliced = [gathering.gather(hidden, weight, some, ids, valid) for some in (bias, None)]
+    times = 2 * (1 if room == 1000 else 5)
+    assert [x.name for x in launches] == ["_gather_slice", "_sum_slices"] * times
+    monkeypatch.setattr(gathering, "CACHE", 1 << 40)
+    for some, got in zip((bias, None), sliced, strict=True):
+        whole = gathering.gather(hidden, weight, some, ids, valid)
+        torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-4, equal_nan=True)
+        assert got.isnan().sum() == 3 and (got[1] == 0).all()
 
 
 def assert_rounded_once(result: Tensor, truth: Tensor) -> None:
@@ -114,7 +136,7 @@ def test_ids_outside_the_vocabulary_read_nothing(kernels_on_cpu):
     hidden, weight, bias, ids, slope = draw(3, 4, 9, 24, torch.float32, kernels_on_cpu)
     ids[0, 1], ids[1, 2], ids[2, 0] = -1, 9, 2**40
     valid = torch.ones(3, dtype=torch.bool, device=kernels_on_cpu)
-    z = kernels.gather(hidden, weight, bias, ids, valid).cpu()
+    z = gathering.gather(hidden, weight, bias, ids, valid).cpu()
     assert z.isnan().sum() == 3 and z[0, 1].isnan() and z[2, 0].isnan()
     out = kernels.weigh_words(weight, ids, slope)
     known = (ids >= 0) & (ids < 9)
@@ -129,8 +151,8 @@ def test_strided_rows(kernels_on_cpu):
     crosswise = weight.t().contiguous().t()
     for w in (apart, crosswise):
         assert torch.equal(
-            kernels.gather(hidden, w, bias, ids, valid),
-            kernels.gather(hidden, weight, bias, ids, valid),
+            gathering.gather(hidden, w, bias, ids, valid),
+            gathering.gather(hidden, weight, bias, ids, valid),
         )
         assert torch.equal(
             kernels.weigh_words(w, ids, slope), kernels.weigh_words(weight, ids, slope)
@@ -151,7 +173,7 @@ def test_lists_need_no_dense_product(kernels_on_cpu):
     problem = draw_head("topk", 1, 12, vocab=40, bias=False).to(kernels_on_cpu)
     support = [] if kernels_on_cpu.type == "cpu" else ["_topk_support"]  # a CPU checks the values
     for known, expected in (
-        (None, [*support, "_scan"]),
+        (None, ["_scan", *support]),
         (problem.rest[1], [*support, "_gather"]),
     ):
         leaves = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight)]
@@ -182,6 +204,7 @@ def test_lists_without_support_where_no_row_is_masked(kernels_on_cpu, support, g
     without[0, :2] = without[1, 5] = True
     row_weights = torch.rand(2, 14, generator=torch.Generator().manual_seed(0))
     options = dict(support=support, gate=DriftGate(granularity, block_size=4), chunk_size=16)
+    problem.rest[2][0, 3, -1] = problem.rest[2][0, 4, -1] = -1  # missing
     options |= dict(ignore_index=None, row_weights=row_weights if support == "tail" else None)
     wide = problem.to(torch.float64)
     expected, truth = run_head(wide, "reference", response_mask=~without, **options)

@@ -15,6 +15,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "divergence": {"NUM_WARPS": 1, "LOADS": 1},
     "divergence_grad": {"TILE_BYTES": 128, "ODD_TILE_BYTES": 64},
     "topk": {"ELEMENTS": 64, "PAIRS": 64},
+    "gather": {"CACHE": 256, "SLICE": 8, "SUM_TILE": 16},
     "sparse": {"SEGMENT": 4, "KEYS": 32},
 }
 SMALL_ROWS = {

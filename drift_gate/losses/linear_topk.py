@@ -19,11 +19,18 @@ from ..call.lists import (
 )
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, Student, take_rows
-from ..call.weighing import empty_finished, finish, measured_rows, most_measured, valid_rows
+from ..call.weighing import (
+    empty_finished,
+    finish,
+    is_sampled,
+    measured_rows,
+    most_measured,
+    valid_rows,
+)
 from ..choices import Direction, Support
 from ..gate import DriftGate
 from ..head import sparse
-from ..head.check import HeadRule, head_facts, local_head, take_head
+from ..head.check import HeadInputs, HeadRule, head_facts, local_head, take_head
 from ..head.chunk_losses import Common, ListedWords
 from ..head.scan import scan_head
 from ..head.sums import Needs
@@ -218,6 +225,11 @@ def _forward_sparse(x: Inputs) -> Tensors:
     """
     run, head = passes_of(x.backend), head_inputs(x)
     before = valid_rows(run, x.rows, x.labels, x.hidden)
+    # Kernels read no word that is none: the product is under way before the lists are looked at.
+    early = x.backend == "triton" and not x.shard.group and not _bare(x)
+    found = None
+    if early and not is_sampled(x.rows):
+        found = _scanned(x, head, x.lists.ids, before, None)
     words, present, valid, counts = listed(run, x.lists, before, x.rows.vocab, x.rows.check)
     measured = measured_rows(run, x.rows, valid)
     if _bare(x):
@@ -225,22 +237,12 @@ def _forward_sparse(x: Inputs) -> Tensors:
         now = torch.zeros_like(scores[:, 0]) if x.known is None else _where(valid, x.known)
         entropy = scores.new_empty(0)
     else:
-        label = words[:, :1] if x.labels is None else x.labels[:, None].to(words.dtype)
-        ids = torch.cat([label, words], 1)
-        whole = no_row_is_left_out(x.rows) and x.backend == "triton"  # see `work_of`
-        most = None
-        read = None if whole else valid
-        if measured is not None:
-            read, most = measured, most_measured(x.rows) if whole else None
-        gathered, log_probs, _, _, entropy = scan_head(
-            run, head, ids, read, x.entropy, x.rule.scan_size, most
-        )
-        scores, known = gathered[:, 1:].contiguous(), log_probs[:, 1:].contiguous()
-        now = _where(valid, log_probs[:, 0] if x.known is None else x.known)
-        if whole and x.entropy:
-            entropy = _where(valid, entropy)
+        scores, known, now, entropy = found or _scanned(x, head, words, valid, measured)
+        now = _where(valid, now if x.known is None else x.known)
         if x.labels is None:
             now = torch.zeros_like(now)
+        if x.entropy:
+            entropy = _where(valid, entropy)
         if measured is not None:
             others = valid & ~measured
             listed_others = sparse.gather(run, head, words, others)
@@ -256,6 +258,22 @@ def _forward_sparse(x: Inputs) -> Tensors:
         done.loss, done.table, done.metrics, done.totals, valid, now, entropy,
         sizes, words, scores, slope,
     )  # fmt: skip
+
+
+def _scanned(
+    x: Inputs, head: HeadInputs, words: Tensor, valid: Tensor, measured: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits and log-probs of the words [N, K], log-prob of the label [N], entropy."""
+    label = words[:, :1] if x.labels is None else x.labels[:, None].to(words.dtype)
+    whole = no_row_is_left_out(x.rows) and x.backend == "triton"  # see `work_of`
+    read, most = None if whole else valid, None
+    if measured is not None:
+        read, most = measured, most_measured(x.rows) if whole else None
+    gathered, log_probs, _, _, entropy = scan_head(
+        passes_of(x.backend), head, torch.cat([label, words], 1), read, x.entropy,
+        x.rule.scan_size, most,
+    )  # fmt: skip
+    return gathered[:, 1:].contiguous(), log_probs[:, 1:].contiguous(), log_probs[:, 0], entropy
 
 
 def _where(valid: Tensor, x: Tensor) -> Tensor:

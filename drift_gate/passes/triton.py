@@ -9,9 +9,9 @@ from ..kernels import topk as topk_kernels
 from ..kernels.divergence import divergence
 from ..kernels.divergence_grad import divergence_grad
 from ..kernels.expand import expand
+from ..kernels.gather import gather as head_gather
 from ..kernels.scan import scan
 from ..kernels.sparse import by_word, sum_words, weigh_words
-from ..kernels.sparse import gather as head_gather
 from . import torch as plain
 from .rules import Finished, GateRule, PositionRule, ReduceRule, RowData, Weights, sampled
 from .torch import gather

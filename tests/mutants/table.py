@@ -368,6 +368,7 @@ KERNELS = [
     _kernel("large products subtracted", "paired", "log_p = (x - top) * scale_log2 - log_sum", "log_p = (x * scale_log2 - top * scale_log2) - log_sum", K_FULL),
     _kernel("student's padding unwritten", "divergence_grad", "(start + lane < words + shift)", "(start + lane < vocab + shift)", K_FULL),
     _kernel("a word's first segment", "sparse", "row = 2 * first + tl.where(begin % SEGMENT == 0, 0, 1)", "row = 2 * first", K_SPARSE),
+    _kernel("the last slice lost", "gather", "for _ in range(slices):", "for _ in range(slices - 1):", K_SPARSE),
     _kernel("a segment's other word", "sparse", "if other != word:", "if other < 0:", K_SPARSE),
     _kernel("centre forgotten", "divergence_grad", "(log_p - log_q - centre)", "(log_p - log_q)", K_FULL),
 ]  # fmt: skip
