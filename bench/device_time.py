@@ -7,7 +7,10 @@ are summed, as torch.profiler sees them; gaps between them do not count.
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -97,3 +100,44 @@ def device_events(profiler: profile) -> list:
         for event in profiler.key_averages()
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
+
+
+SHOWN = 60  # characters of a kernel's name
+
+
+def profiled_call(before: Run, run: Run, device: torch.device) -> dict[str, Any]:
+    """What a warm call does, in seconds, for whoever asks where its time goes.
+
+    kernels: by name how many and how long, the longest first; busy: all of them; span: from the
+    start of the first to the end of the last, under a profiler, which slows the host down;
+    returned: until the call returned to Python, its kernels under way (or waited for); allocated:
+    how often memory was asked of the driver in that.
+    """
+    before()
+    torch.cuda.synchronize(device)
+    asked = torch.cuda.memory_stats(device).get("num_device_alloc", 0)
+    start = time.perf_counter()
+    result = run()
+    returned = time.perf_counter() - start
+    asked = torch.cuda.memory_stats(device).get("num_device_alloc", 0) - asked
+    del result
+    with torch.cuda.device(device):
+        before()
+        larger_than_l2(device).zero_()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            run()
+            torch.cuda.synchronize()
+    ours = [e for e in profiler.events() or [] if e.device_type == DeviceType.CUDA]
+    kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    for event in ours:
+        kernels[event.name[:SHOWN]][0] += 1
+        kernels[event.name[:SHOWN]][1] += 1e-6 * event.time_range.elapsed_us()
+    ends = [(e.time_range.start, e.time_range.end) for e in ours] or [(0, 0)]
+    return {
+        "kernels": dict(sorted(kernels.items(), key=lambda item: -item[1][1])),
+        "busy": sum(seconds for _, seconds in kernels.values()),
+        "span": 1e-6 * (max(end for _, end in ends) - min(start for start, _ in ends)),
+        "returned": returned,
+        "allocated": asked,
+    }

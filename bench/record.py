@@ -39,6 +39,7 @@ class Result:
     live_rows: int | None = None  # whose gradient is not 0: bytes_must_move reads those; see floors
     device_seconds: list[float] = dataclasses.field(default_factory=list)  # on a GPU
     device_by: str | None = None  # how: see device_time.py
+    profile: dict[str, Any] | None = None  # of this package's call on a GPU: see device_time.py
     host: dict[str, int] | None = None  # of the suite host: what a call does, see host.py
     step: dict[str, float] | None = None  # of the suite train_step: its peak, see train_step.py
     extra_ratio: float | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from .record import Result, read
 from .verdict import verdicts
@@ -55,7 +56,20 @@ def lines(results: list[Result]) -> list[str]:
         )
         if r.note:
             found.append(f"  {'':42} {r.note}")
+        if r.profile:
+            found += [f"      {line}" for line in kernels(r.profile)]
     return found
+
+
+def kernels(profile: dict[str, Any], most: int = 12) -> list[str]:
+    """What the kernels of a call took, in microseconds, the longest first."""
+    us = {name: round(1e6 * profile[name]) for name in ("busy", "span", "returned")}
+    first = (
+        f"kernels {us['busy']} us, from first to last {us['span']}, returned after "
+        f"{us['returned']}, {profile['allocated']} allocations of the driver"
+    )
+    shown = list(profile["kernels"].items())[:most]
+    return [first, *(f"{1e6 * s:9.1f} us  {n:.0f} x {name}" for name, (n, s) in shown)]
 
 
 def main() -> None:

@@ -137,11 +137,23 @@ def _weigh_words(work: Work) -> Callable[[ModuleType], object]:
     return lambda module: module.weigh_words(work.weight, work.ids, slope)
 
 
+def _gather(work: Work) -> Callable[[ModuleType], object]:
+    valid = torch.ones_like(work.old, dtype=torch.bool)
+    return lambda module: module.gather(work.hidden, work.weight, None, work.ids, valid)
+
+
+def _by_word(work: Work) -> Callable[[ModuleType], object]:
+    return lambda module: module.by_word(work.ids, work.case.vocab)
+
+
 def _sum_words(work: Work) -> Callable[[ModuleType], object]:
     slope = torch.randn(work.ids.shape, device=work.device)
+    sorted_once: list[Any] = []
 
     def run(module: ModuleType) -> None:
-        module.sum_words(work.hidden, slope, *module.by_word(work.ids, work.case.vocab))
+        if not sorted_once:
+            sorted_once.extend(module.by_word(work.ids, work.case.vocab))
+        module.sum_words(work.hidden, slope, *sorted_once)
 
     return run
 
@@ -188,7 +200,13 @@ def sweeps(small: bool) -> list[Sweep]:
     token = {"TILES.rows": (512, 256, 1024), "num_warps": (4, 8, 16)}
     k, width = (8, 40) if small else (64, 4096)
     headed = logits._replace(k=k, hidden=width)
-    weigh = {"WEIGH_WIDTH": (512, 1024, 256), "WEIGH_ENTRIES": (2, 1, 4), "WEIGH_WARPS": (1, 2, 4)}
+    gathered = {
+        "CACHE": (0 if small else 32 << 20, 1 << 40), "SLICE": (128, 64, 256),
+        "SLICE_ENTRIES": (16, 32, 64), "SLICE_WARPS": (1, 2, 4),
+    }  # fmt: skip
+    weigh = {
+        "WEIGH_WIDTH": (512, 128, 256, 64), "WEIGH_ENTRIES": (2, 4, 8), "WEIGH_WARPS": (1, 2, 4)
+    }  # fmt: skip
     summed = {"SUM_WIDTH": (1024, 512, 2048), "SUM_WARPS": (2, 1, 4), "SEGMENT": (128, 64, 256)}
     topk = {"ELEMENTS": (2048, 1024, 4096), "num_warps": (4, 8)}
 
@@ -214,7 +232,9 @@ def sweeps(small: bool) -> list[Sweep]:
         Sweep("blocks", ("_row_blocks",), blocks, _weigh, floors.rows, rows),
         Sweep("rows", ("_sampled_token",), token, _finish, floors.rows, rows),
         Sweep("topk", ("_topk_rows",), topk, _topk_rows, floors.topk_rows, listed),
+        Sweep("gather", (), gathered, _gather, floors.sparse, headed),
         Sweep("sparse", (), weigh, _weigh_words, floors.sparse, headed),
+        Sweep("sparse", (), {"KEYS": (1024, 4096)}, _by_word, floors.sparse, headed),
         Sweep("sparse", (), summed, _sum_words, floors.sparse, headed),
     ]  # fmt: skip
 

@@ -160,7 +160,7 @@ def test_the_gpu_script(tmp_path):
     if HAS_TRITON:
         assert "sweep: done" in said and "profile: done" in said
         passes = json.loads((tmp_path / "sweep.json").read_text())["results"]
-        assert len({r["pass"] for r in passes if r["seconds"] > 0}) == 8
+        assert len({r["pass"] for r in passes if r["seconds"] > 0}) == 9
         assert "scan" in (tmp_path / "profile.txt").read_text()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) <= 8 and all(path.parent == tmp_path for path in files)
