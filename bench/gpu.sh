@@ -5,30 +5,47 @@
 #
 #     gpu.txt        machine, how each part ended, and what it printed
 #     tests.txt      the kernels' tests on the device
-#     targets.json   the README's rows: this package, the eager loss, bare products
+#     sweep.json     tiles, warps and stages of every pass
+#     targets.json   the README's rows: this package, the eager loss, bare products; and the kernels
+#                    of each call, which gpu.txt lists
 #     long.json      the row of 65,536 tokens
 #     host.json      what a call costs the host
-#     sweep.json     tiles, warps and stages of every pass
-#     profile.txt    the pass farthest from the copy bandwidth under torch.profiler
+#     steps.json     training steps of a whole model
 #     peers.json     the README's rows again, with whoever else is installed, in the time left
 #
-# In this order of importance; a part that fails, or runs out of its time, leaves the others alone,
-# and what it had measured is kept. Needs torch, Triton, numpy, pytest, hypothesis and
-# pytest-benchmark; nothing need be installed of this package. With --dry, or without a CUDA device,
-# every part runs on tiny inputs on the CPU.
+# In order of importance, by the list of parts below; a part that fails, or runs out of its time,
+# leaves the others alone, and what it had measured is kept. Needs torch, Triton, numpy, pytest,
+# hypothesis and pytest-benchmark; nothing need be installed of this package. Wheels in .wheels/ are
+# unpacked for the time of the run: peers that the machine lacks. With --dry, or without a CUDA
+# device, every part runs on tiny inputs on the CPU.
 #
-#     PARTS    what to run (tests targets long host sweep profile peers)
+#     PARTS    what to run, of those below
 #     LIMIT    seconds for everything
 #     PYTHON   the interpreter
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
+# What runs, and what is new and belongs into it: parts in their order; the tests that come first;
+# the suites of which the README has rows; and what of them is this package's or its unit.
+ALL_PARTS='first head targets tests host long steps sweep profile chunks peers'
+FIRST='compile_on_a_gpu or weights_of_the_caller or pytorch_backend_on_a_gpu or fused_head_waits
+  or gather_in_slices or without_support or (directions_and_supports and truncated)'
+SUITES='linear_topk_loss linear_opd_loss topk_loss opd_loss full_loss'
+OWN='drift_gate or GEMM'
+STEPS='layers or eager or drift_gate'
+
 DRY=${DRY:-}
 if [ "${1:-}" = --dry ]; then DRY=1; shift; fi
 OUT=${1:-${OUT:-runs/gpu}}
-PARTS=${PARTS:-tests targets long host sweep profile peers}
+PARTS=${PARTS:-$ALL_PARTS}
 LIMIT=${LIMIT:-350}
 PYTHON=${PYTHON:-$(command -v python3 || command -v python)}
+SCRATCH=$(mktemp -d)
+trap 'rm -rf "$SCRATCH"' EXIT
+if compgen -G '.wheels/*.whl' >/dev/null; then
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$SCRATCH/site" \
+    .wheels/*.whl && PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$SCRATCH/site"
+fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/drift_gate_triton}
 mkdir -p "$OUT" || exit 1
@@ -44,13 +61,13 @@ if [ -n "$DRY" ]; then
   export CUDA_VISIBLE_DEVICES= DRIFT_GATE_KERNELS=off TORCHDYNAMO_DISABLE=1
   export OMP_NUM_THREADS=1  # tiny work, and threads that wait for one another
   GRID=dry ROUNDS=1 SUITES='rows topk_loss' WORKERS=0 TINY=--small
-  SHORT='drift_gate' LONG='drift_gate' ALL='not compile' SWEEP=2
+  SHORT='drift_gate' LONG='drift_gate' ALL='not compile' SWEEP=2 HEAD=2
+  LONG_SUITE=rows CHUNKS='--rows 70 --vocab 99 --width 16 --sizes 32'
   echo "dry run: tiny inputs on the CPU; the times mean nothing"
 else
-  GRID=targets ROUNDS=5 SUITES='opd_loss linear_topk_loss linear_opd_loss topk_loss full_loss'
-  WORKERS=8 TINY=
-  SHORT='(drift_gate or GEMM) and not 65536' LONG='(drift_gate or GEMM) and 65536'
-  ALL='not 65536' SWEEP=38
+  GRID=targets ROUNDS=5 WORKERS=8 TINY=
+  SHORT="($OWN) and not 65536" LONG="($OWN) and 65536" ALL='not 65536' SWEEP=38 HEAD=24
+  LONG_SUITE=linear_opd_loss CHUNKS=
 fi
 
 # part NAME SECONDS FILE COMMAND...: run it within its time and what is left, print into FILE, and
@@ -66,7 +83,7 @@ part() {
   [ -z "$DRY" ] || limit=$left
   [ "$limit" -lt "$left" ] || limit=$left
   # The suites write what they have on either; pytest alone says what failed on Ctrl-C.
-  [ "$name" = tests ] && signal=INT
+  case $name in first | tests) signal=INT ;; esac
   timeout --signal="$signal" --kill-after=5 "$limit" "$@" >>"$file" 2>&1
   code=$?
   case $code in
@@ -84,7 +101,7 @@ bench() {
   for suite in "$@"; do files+=("bench/suites/test_$suite.py"); done
   part "$name" "$limit" "$LOG" "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short \
     "${files[@]}" -k "$chosen" --benchmark-quiet --bench-grid "$grid" --bench-rounds "$ROUNDS" \
-    --bench-budget $((limit - 15)) --bench-out "$OUT/$name.json"
+    --bench-tiles "$OUT/sweep.json" --bench-budget $((limit - 15)) --bench-out "$OUT/$name.json"
   timeout 30 "$PYTHON" -m drift_gate.bench.summary --no-pictures "$OUT/$name.json" 2>&1 |
     tee -a "$LOG"
 }
@@ -107,26 +124,45 @@ sys.exit(instruction_set() != "none")' 2>/dev/null; then
   built=$!
 fi
 
+# kernel_tests NAME SECONDS ARGUMENT...: several at a time.
 : >"$OUT/tests.txt"
 workers=()
 [ "$WORKERS" = 0 ] || ! "$PYTHON" -c 'import xdist' 2>/dev/null || workers=(-n "$WORKERS")
-part tests 120 "$OUT/tests.txt" env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -v --tb=short -rf \
-  -p no:cacheprovider ${workers[@]+"${workers[@]}"} \
-  tests/test_gpu.py tests/test_bench_device.py tests/test_kernels_*.py
-tail -n 30 "$OUT/tests.txt" | grep -E '^(FAILED|ERROR|=)' | tee -a "$LOG"
-if [ -n "$built" ]; then
-  wait "$built" && echo "== built the functions in C" >>"$LOG"
-fi
+kernel_tests() {
+  local name=$1 limit=$2
+  shift 2
+  case " $PARTS " in *" $name "*) ;; *) return ;; esac
+  part "$name" "$limit" "$OUT/tests.txt" env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -v --tb=short \
+    -rf -p no:cacheprovider ${workers[@]+"${workers[@]}"} "$@"
+  tail -n 30 "$OUT/tests.txt" | grep -E '^(FAILED|ERROR|=)' | tee -a "$LOG"
+}
 
 # shellcheck disable=SC2086  # words
-bench targets 110 "$GRID" "$SHORT" $SUITES
-bench long 40 "$GRID" "$LONG" "$([ -n "$DRY" ] && echo rows || echo linear_opd_loss)"
-bench host 45 "$GRID" 'test_host' host
-part sweep 50 "$LOG" "$PYTHON" -m drift_gate.bench.sweep $TINY \
-  --seconds "$SWEEP" --out "$OUT/sweep.json"
-part profile 25 /dev/null "$PYTHON" -m drift_gate.bench.profile_pass --sweep "$OUT/sweep.json" \
-  --out "$OUT/profile.txt"
-# shellcheck disable=SC2086  # words
-bench peers $((LIMIT - SECONDS > 45 ? LIMIT - SECONDS - 30 : 15)) "$GRID" "$ALL" $SUITES
+measure() {
+  case $1 in
+    first) kernel_tests first 45 tests/test_gpu.py tests/test_kernels_*.py -k "$(echo $FIRST)" ;;
+    head) part head 45 "$LOG" "$PYTHON" -m drift_gate.bench.sweep $TINY --only gather sparse \
+      --seconds "$HEAD" --out "$OUT/sweep.json" ;;
+    targets) bench targets 115 "$GRID" "$SHORT" $SUITES ;;
+    tests) kernel_tests tests 100 tests/test_gpu.py tests/test_bench_device.py tests/test_kernels_*.py ;;
+    host) bench host 40 "$GRID" 'test_host' host ;;
+    long) bench long 40 "$GRID" "$LONG" "$LONG_SUITE" ;;
+    steps) bench steps 60 "$GRID" "$STEPS" train_step ;;
+    sweep) part sweep 50 "$LOG" "$PYTHON" -m drift_gate.bench.sweep $TINY --add \
+      --only scan expand divergence divergence_grad blocks rows topk \
+      --seconds "$SWEEP" --out "$OUT/sweep.json" ;;
+    profile) part profile 25 "$LOG" "$PYTHON" -m drift_gate.bench.profile_pass \
+      --sweep "$OUT/sweep.json" --out "$SCRATCH/profile.txt" ;;
+    chunks) part chunks 30 "$LOG" "$PYTHON" -m drift_gate.bench.chunks $CHUNKS ;;
+    peers) bench peers $((LIMIT - SECONDS > 45 ? LIMIT - SECONDS - 30 : 15)) "$GRID" "$ALL" $SUITES ;;
+  esac
+}
+
+for one in $ALL_PARTS; do
+  measure "$one"
+  if [ "$one" = first ] && [ -n "$built" ]; then
+    wait "$built" && echo "== built the functions in C" >>"$LOG"
+  fi
+done
 
 echo "== after $SECONDS s, in $OUT: $(cd "$OUT" && echo *)" | tee -a "$LOG"

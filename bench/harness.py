@@ -279,6 +279,9 @@ def _inputs(suite: Suite, case: Case, device: torch.device) -> Work:
     return dataclasses.replace(_LAST[key], case=case)
 
 
+TILES: dict[str, str] = {}  # of kernels, where they are not what stands in the source
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """The environment, with the versions of what this package and its peers are made of."""
     return dict(_environment(device))
@@ -288,7 +291,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def _environment(device: torch.device) -> tuple[tuple[str, Any], ...]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = environment(device)
+    found = environment(device) | ({"tiles": dict(TILES)} if TILES else {})
     packages = (
         "triton",
         "transformers",

@@ -316,6 +316,23 @@ def summary(results: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, f"  present  {_shown(results[0])}"])
 
 
+WORTH = 0.97  # of the present time: what is not faster by this much is left as it is
+
+
+def best(path: Path, passes: tuple[str, ...]) -> dict[str, Options]:
+    """Of each of these passes the constants that a sweep found faster; for `configured`."""
+    sweeps_of: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for result in json.loads(path.read_text())["results"] if path.exists() else []:
+        if result["pass"] in passes and "seconds" in result:
+            sweeps_of.setdefault((result["pass"], *result["settings"]), []).append(result)
+    found: dict[str, Options] = {}
+    for (name, *_), results in sweeps_of.items():
+        fastest = min(results, key=lambda r: r["seconds"])
+        if fastest["seconds"] < WORTH * results[0]["seconds"]:
+            found.setdefault(name, {}).update(fastest["settings"])
+    return found
+
+
 def _shown(result: dict[str, Any]) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
     if "left_out" in result:
@@ -337,6 +354,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120, help="for all passes together")
     parser.add_argument("--out", type=Path, default=Path("sweep.json"))
     parser.add_argument("--only", nargs="*", default=[], help="passes; all, if left out")
+    parser.add_argument("--add", action="store_true", help="to what the file has already")
     parser.add_argument("--small", action="store_true", help="tiny inputs, as without a GPU")
     arguments = parser.parse_args()
     device = device_here()
@@ -344,6 +362,8 @@ def main() -> None:
     chosen = [s for s in sweeps(small) if not wanted or s.module in wanted]
     end = time.monotonic() + arguments.seconds
     results: list[dict[str, Any]] = []
+    if arguments.add and arguments.out.exists():
+        results = json.loads(arguments.out.read_text())["results"]
     for i, sweep in enumerate(chosen):
         share = (end - time.monotonic()) / (len(chosen) - i)
         found = run(sweep, device, share)

@@ -45,3 +45,16 @@ def test_what_restores_the_inputs_is_not_timed():
     timer, _ = device_time.timer(before, lambda: x.mul_(1.0), DEVICE)
     alone, _ = device_time.timer(nothing, lambda: x.mul_(1.0), DEVICE)
     assert min(timer() for _ in range(5)) < 3 * min(alone() for _ in range(5))
+
+
+def test_a_call_tells_its_kernels():
+    x = torch.randn(1 << 22, device=DEVICE)
+
+    def run() -> object:
+        return (x * 2).sin().sin()
+
+    run()
+    found = device_time.profiled_call(nothing, run, DEVICE)
+    assert sorted(count for count, _ in found["kernels"].values()) == [1, 2]
+    assert 0 < found["busy"] <= 1.05 * found["span"] and found["returned"] > 0
+    assert found["allocated"] == 0

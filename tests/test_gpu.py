@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.heads import FORMS, draw_head, run_head
 from support.judge import assert_good, loss_and_grad
 from support.problems import draw
 
@@ -87,6 +88,38 @@ def test_a_cuda_graph_replays_with_new_inputs(inplace):
         expected, expected_grad = loss_and_grad(problem, "triton")
         assert torch.equal(result.loss, expected.loss)
         assert torch.equal(grad, expected_grad)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 64])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_fused_head_waits_for_nothing_and_is_captured(form, chunk_size):
+    """No row is left out, and blocks end where the host knows."""
+    problem = draw_head(form, 2, 128, vocab=1000, width=64, dtype=torch.bfloat16, softcap=None)
+    problem = problem.to(torch.device("cuda"))
+    options = dict(chunk_size=chunk_size, ignore_index=None, gate=DriftGate(block_size=16))
+
+    def run():
+        return run_head(problem, "triton", **options)
+
+    run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result, grads = run()
+    problem.hidden.copy_(problem.hidden.flip(0).clone())
+    graph.replay()
+    expected, truth = run()
+    torch.testing.assert_close(result.loss, expected.loss)
+    for grad, right in zip(grads, truth, strict=True):
+        torch.testing.assert_close(grad, right)
 
 
 def test_labels_outside_the_vocabulary_poison_the_loss_or_raise():

@@ -115,6 +115,18 @@ def _liger_linear(reduction: str) -> Callable[[torch.device], FromHidden]:
     return found
 
 
+def _liger_scaled(device: torch.device) -> FromHidden:
+    function = load("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction")
+    on_gpu_only(device)
+    return lambda hidden, weight, labels: -function.apply(hidden, weight, labels)
+
+
+def _verl_fused(device: torch.device) -> FromHidden:
+    function = load("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
+    on_gpu_only(device)
+    return lambda hidden, weight, labels: function(hidden, weight, labels, 1.0, "none")[0]
+
+
 def _torch_linear(reduction: str, *, tuned: bool) -> Callable[[torch.device], FromHidden]:
     """In chunks: its own choice, or on a CPU, where that is a few rows, 256 at a time."""
 
@@ -141,9 +153,11 @@ FROM_HIDDEN = (
     Peer("TRL ChunkedLogProbFunction", _trl_linear, 4, compiles=True),  # imports, in fact
     Peer("VeOmni chunk_logprobs", _veomni_linear, temporaries=4),
     Peer("verl FusedLinearForPPO", _verl_linear, temporaries=4),
+    Peer("verl linear_cross_entropy", _verl_fused, temporaries=4),
     Peer("cut-cross-entropy", _cce("none"), temporaries=8, compiles=True),
     Peer("torch linear_cross_entropy", _torch_linear("none", tuned=True), temporaries=4),
     Peer("Liger fused linear CE", _liger_linear("none"), temporaries=4),
+    Peer("Liger fused linear scaled CE", _liger_scaled, temporaries=4),
 )
 
 MEANS_FROM_HIDDEN = (

@@ -6,15 +6,18 @@ the first of them is asked for; see harness.py.
 
 from __future__ import annotations
 
+import importlib
 import math
 import signal
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
 import pytest
 import torch
-from drift_gate.bench import record, timing, train_step
+from drift_gate.bench import harness, record, sweep, timing, train_step
 from drift_gate.bench.bounds import Bounds
 from drift_gate.bench.cases import GRIDS, Case
 from drift_gate.bench.harness import UNREACHED, Implementation, Suite
@@ -23,6 +26,7 @@ from drift_gate.bench.measure import device_name
 from drift_gate.bench.record import Result
 from drift_gate.bench.replay import CLOCK
 
+TUNED = "gather", "sparse"  # passes whose tiles --bench-tiles may set: they are constants alone
 WRITTEN = 2.0  # seconds between two writes; one more comes at the end, however it comes
 AnySuite = Suite | HostSuite | train_step.StepSuite
 Measured = tuple[AnySuite, Case, Implementation | Entry | train_step.Entry]
@@ -34,13 +38,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-device", default=None, help="cpu, cuda or cuda:N")
     group.addoption("--bench-budget", type=float, default=600, help="seconds, shared by the suites")
     group.addoption("--bench-rounds", type=int, default=5, help="paired rounds")
+    group.addoption("--bench-tiles", type=Path, default=None, help="a sweep's, whose best to use")
     group.addoption("--bench-out", type=Path, default=None, help="file of the results (JSON)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[KEY] = Session(config)
+    if config.getoption("--bench-tiles") is not None:
+        config.add_cleanup(_use_tiles(config.getoption("--bench-tiles")))
     before = signal.signal(signal.SIGTERM, _interrupt)
     config.add_cleanup(lambda: signal.signal(signal.SIGTERM, before))
+
+
+def _use_tiles(path: Path) -> Callable[[], None]:
+    """Set what a sweep found faster, and write it beside the figures; the way back."""
+    stack = ExitStack()
+    for name, settings in sweep.best(path, TUNED).items():
+        module = importlib.import_module(f"drift_gate.kernels.{name}")
+        stack.enter_context(sweep.configured(module, (), settings))
+        harness.TILES[name] = str(settings)
+        print(f"{name}: {settings}")
+    return stack.close
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

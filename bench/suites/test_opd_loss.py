@@ -11,7 +11,7 @@ from drift_gate.bench.cases import Case
 from drift_gate.bench.harness import Implementation, Suite
 from drift_gate.bench.inputs import Work, draw
 from drift_gate.bench.peers import plain, sampled
-from drift_gate.bench.peers.guard import OtherWork, Peer
+from drift_gate.bench.peers.guard import OtherWork, Peer, load
 from drift_gate.bench.replay import replay
 from drift_gate.bench.runs import baseline, finished, forward, train
 from drift_gate.bench.truth import Expected, Outputs, Truth, sampled_or_listed
@@ -81,6 +81,22 @@ def gated(work: Work, function):
     return lambda logits: rows.sampled(function(logits, work.labels))
 
 
+def trl_both(work: Work):
+    """TRL's log-prob and entropy from one read, the forward alone; clip and gate eagerly."""
+    if work.case.what != FORWARD:
+        raise OtherWork("forward and backward go through its log-prob")
+    function, rows = (
+        load("trl.trainer.utils", "selective_log_softmax_and_entropy"),
+        plain.Rows(work),
+    )
+
+    def outputs(logits: Tensor) -> Outputs:
+        now, entropy = function(logits[None], work.labels[None])  # [B, T, V]
+        return {"loss": rows.sampled(now[0]), "log_probs": now[0], "entropy": entropy[0]}
+
+    return forward(outputs)
+
+
 def cross_entropy(work: Work, function):
     """A peer's mean log-prob."""
     only_training(work)
@@ -131,6 +147,12 @@ SUITE = Suite(
         *baseline(eager_loss, of_work),
         Implementation("drift_gate", drift_gate_loss(False), temporaries=4),
         Implementation("drift_gate, in place", drift_gate_loss(True), "", "same", 0, True),
+        Implementation(
+            "TRL selective_log_softmax_and_entropy",
+            trl_both,
+            "clip and gate eager",
+            temporaries=4,
+        ),
         *(finished(p, gated, "log-prob; clip and gate eager") for p in sampled.FROM_LOGITS),
         *map(_mean, sampled.MEANS_FROM_LOGITS),
     ),
