@@ -208,3 +208,12 @@ def test_growth_of_the_cost():
 
 
 # Running.
+
+
+def test_the_kernels_of_a_call_are_listed():
+    profile = {"kernels": {"_scan": [2, 3e-3], "fill": [1, 1e-6]}, "busy": 3.001e-3}
+    profile |= {"span": 4e-3, "returned": 5e-4, "allocated": 0}
+    shown = summary.lines([made_up(1.0, profile=profile)])
+    assert any("kernels 3001 us, from first to last 4000, returned after 500" in x for x in shown)
+    assert any(x.endswith("3000.0 us  2 x _scan") for x in shown)
+    assert summary.kernels(profile, most=1)[1:] == ["   3000.0 us  2 x _scan"]
