@@ -17,7 +17,7 @@ import drift_gate.kernels
 import pytest
 import torch
 from drift_gate.bench.internals import HAS_TRITON
-from support.calls import FUNCTIONS, arguments_of
+from support.calls import FUNCTIONS, TOP_K, arguments_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import drift_gate as dg
@@ -28,7 +28,8 @@ from drift_gate.passes import backends
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="the Triton route")
 
 LINEAR = tuple(name for name in FUNCTIONS if name.startswith("linear_"))
-LABELLED = tuple(name for name in FUNCTIONS if not name.endswith(("gather_lse", "gate_weights")))
+UNLABELLED = "gather_lse", "linear_gather_lse", "gate_weights", *TOP_K
+LABELLED = tuple(name for name in FUNCTIONS if name not in UNLABELLED)
 ROWS = 2, 20
 
 
@@ -90,6 +91,8 @@ def reads_of(name: str, monkeypatch: pytest.MonkeyPatch, chunk: int | None = Non
     if name.startswith("linear_"):
         head = rest[0]
         rest[0] = dg.Head(head.weight, head.bias, chunk_size=chunk)
+    if name in TOP_K:
+        rest.append(3)
     if name != "gate_weights":
         options["backend"] = "triton"
     if options.get("response_mask") is True:
@@ -147,10 +150,13 @@ def test_one_read_tells_which_rows_are_valid(name, chunk, monkeypatch):
     """And none where the logits are there: invalid rows are left out by the kernels."""
     if chunk and name not in LINEAR:
         pytest.skip("has no chunks")
-    options = {"response_mask": True} if name.endswith("_loss") or name == "gate_weights" else {}
+    masked = name.endswith("_loss") or name in ("gate_weights", *TOP_K)
+    options = {"response_mask": True} if masked else {}
     if chunk and name.endswith("_loss"):
         options["gate"] = dg.DriftGate(block_size=4)
     expected = (0, 0)
+    if name == "linear_top_k_log_probs":
+        expected = (1, 0)
     if name in LINEAR and name in LABELLED:
         expected = (1, 0) if name.endswith("_loss") else (1, 1)  # the logits are made again
     assert reads_of(name, monkeypatch, chunk, **options) == expected
