@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What is worth knowing of a GPU at hand, in at most six minutes and eight files of one folder:
+# What is worth knowing of a GPU at hand, in at most six minutes and nine files of one folder:
 #
 #     bench/gpu.sh [--dry] [FOLDER]        or OUT=FOLDER bench/gpu.sh; else runs/gpu
 #
@@ -9,6 +9,7 @@
 #     targets.json   the README's rows: this package, the eager loss, bare products; and the kernels
 #                    of each call, which gpu.txt lists
 #     long.json      the row of 65,536 tokens
+#     logits.json    fused heads that keep float32 logits, beside those that round them
 #     host.json      what a call costs the host
 #     steps.json     training steps of a whole model
 #     peers.json     the README's rows again, with whoever else is installed, in the time left
@@ -27,9 +28,9 @@ cd "$(dirname "$0")/.." || exit 1
 
 # What runs, and what is new and belongs into it: parts in their order; the tests that come first;
 # the suites of which the README has rows; and what of them is this package's or its unit.
-ALL_PARTS='first head targets tests host long steps sweep profile chunks peers'
+ALL_PARTS='first head targets logits tests host long steps sweep profile chunks peers'
 FIRST='compile_on_a_gpu or weights_of_the_caller or pytorch_backend_on_a_gpu or fused_head_waits
-  or gather_in_slices or without_support or (directions_and_supports and truncated)'
+  or gather_in_slices or without_support or shorter_gradient or float32_logits or (directions_and_supports and truncated)'
 SUITES='linear_topk_loss linear_opd_loss topk_loss opd_loss full_loss'
 OWN='drift_gate or GEMM'
 STEPS='layers or eager or drift_gate'
@@ -61,12 +62,13 @@ if [ -n "$DRY" ]; then
   export CUDA_VISIBLE_DEVICES= DRIFT_GATE_KERNELS=off TORCHDYNAMO_DISABLE=1
   export OMP_NUM_THREADS=1  # tiny work, and threads that wait for one another
   GRID=dry ROUNDS=1 SUITES='rows topk_loss' WORKERS=0 TINY=--small
-  SHORT='drift_gate' LONG='drift_gate' ALL='not compile' SWEEP=2 HEAD=2
+  SHORT='drift_gate' LONG='drift_gate' ALL='not compile' SWEEP=2 HEAD=2 LOGITS='drift_gate'
   LONG_SUITE=rows CHUNKS='--rows 70 --vocab 99 --width 16 --sizes 32'
   echo "dry run: tiny inputs on the CPU; the times mean nothing"
 else
   GRID=targets ROUNDS=5 WORKERS=8 TINY=
-  SHORT="($OWN) and not 65536" LONG="($OWN) and 65536" ALL='not 65536' SWEEP=38 HEAD=24
+  SHORT="($OWN) and not 65536 and not logits" LONG="($OWN) and 65536 and not logits"
+  LOGITS="($OWN) and 151936 and not 65536" ALL='not 65536 and not logits' SWEEP=38 HEAD=24
   LONG_SUITE=linear_opd_loss CHUNKS=
 fi
 
@@ -144,6 +146,7 @@ measure() {
     head) part head 45 "$LOG" "$PYTHON" -m drift_gate.bench.sweep $TINY --only gather sparse \
       --seconds "$HEAD" --out "$OUT/sweep.json" ;;
     targets) bench targets 115 "$GRID" "$SHORT" $SUITES ;;
+    logits) bench logits 45 "$GRID" "$LOGITS" linear_opd_loss linear_full_loss ;;
     tests) kernel_tests tests 100 tests/test_gpu.py tests/test_bench_device.py tests/test_kernels_*.py ;;
     host) bench host 40 "$GRID" 'test_host' host ;;
     long) bench long 40 "$GRID" "$LONG" "$LONG_SUITE" ;;

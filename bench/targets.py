@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .cases import Case
 from .measure import quartiles
-from .names import BASELINE, COMPILED, GEMMS, HOST, INPLACE, OURS, UNIT
+from .names import BASELINE, COMPILED, GEMMS, HOST, INPLACE, OURS, UNIT, WIDE
 from .record import Result
 from .verdict import sound
 
@@ -50,7 +50,7 @@ class Target(NamedTuple):
 
 
 OPD, TOPK, FULL = "opd_loss", "topk_loss", "full_loss"
-LINEAR_OPD, LINEAR_TOPK = "linear_opd_loss", "linear_topk_loss"
+LINEAR_OPD, LINEAR_TOPK, LINEAR_FULL = "linear_opd_loss", "linear_topk_loss", "linear_full_loss"
 TRAIN, FORWARD, LSM = "forward and backward", "forward, with entropy", "LSM"
 GIVEN = "LSM, log-probs given"
 INSTALLED = "as installed"  # of the suite host: the backend that a user gets
@@ -75,6 +75,9 @@ _WHOLE = Target("logits, reverse KL", FULL, "reverse", 8192, 0, 0, OURS, 1.06, N
 _LINEAR = Target(
     "linear, sampled-token, H = 4096", LINEAR_OPD, TRAIN, 8192, 4096, 0, OURS, 1.05, 2.5, 1.06
 )  # fmt: skip
+_LINEAR_WHOLE = Target(  # four products, the teacher's among them
+    "linear, reverse KL, H = 4096", LINEAR_FULL, "reverse", 8192, 4096, 0, OURS, 1.45, 5.0, 1.46
+)  # fmt: skip
 _LINEAR_LSM = Target(
     "linear, LSM, K = 64, H = 4096", LINEAR_TOPK, LSM, 8192, 4096, 64, OURS, 0.38, 0.7, 0.4
 )  # fmt: skip
@@ -92,6 +95,13 @@ GPU = (
     _WHOLE._replace(work="logits, forward KL", what="forward"),
     _WHOLE._replace(work="logits, JSD", what="jsd"),
     _LINEAR,
+    _LINEAR._replace(
+        work="the same, float32 logits", implementation=WIDE, time=1.15, memory=3.7, call=1.16
+    ),
+    _LINEAR_WHOLE,
+    _LINEAR_WHOLE._replace(
+        work="the same, float32 logits", implementation=WIDE, time=1.6, memory=5.5, call=1.61
+    ),
     _LINEAR_LSM,  # the next has the same inputs, which are drawn once
     _GIVEN,
     _LINEAR_LSM._replace(work="linear, LSM, lists by a Zipf law", kind="zipf"),

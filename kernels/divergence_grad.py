@@ -80,7 +80,7 @@ def _tile(
 def _divergence_grad(
     logits,  # [B, T, V] any float dtype, last dimension contiguous
     teacher,  # [B, T, U] likewise, U <= V
-    out,  # [B, T, V] dtype of the logits; may be the logits themselves
+    out,  # [B, T, V] any float dtype; may be the logits themselves
     statistics,  # [5, N] float32
     valid,  # [N] uint8
     upstream,  # [N] float32
@@ -160,7 +160,7 @@ def divergence_grad(
     teacher_scale: float,
     direction: str,
     beta: float,
-    out: Tensor,  # [B, T, V] like logits, any outer strides; may be logits
+    out: Tensor,  # [B, T, V] any float dtype, any outer strides; may be logits
 ) -> None:
     """Write upstream * d loss / d logits into `out`.
 

@@ -64,7 +64,7 @@ def _tile(x_pointers, out_pointers, mask, is_target, target, top, log_sum, alpha
 @triton.jit
 def _expand(
     logits,  # [B, T, V] any float dtype, last dimension contiguous
-    out,  # [B, T, V] same dtype; may be the logits themselves
+    out,  # [B, T, V] any float dtype; may be the logits themselves
     ids,  # [N, 1] int32 or int64, or None: `_entries` follows
     gathered,  # [N, 1] float32
     maximum,  # [N] float32
@@ -193,7 +193,7 @@ def expand(
     alpha: Tensor,  # [N] float32: d loss / d logsumexp
     beta: Tensor,  # [N, K] float32: d loss / d z[ids]
     scale: float,  # 1 / temperature
-    out: Tensor,  # [B, T, V] like logits, any outer strides; may be logits
+    out: Tensor,  # [B, T, V] any float dtype, any outer strides; may be logits
 ) -> None:
     """Write d loss / d logits into `out`. Rows that are not valid become 0 and are not read.
 
@@ -203,7 +203,7 @@ def expand(
     rows, k = ids.shape
     if rows == 0:
         return
-    vector = vector_width(logits)
+    vector = max(vector_width(logits), vector_width(out))
     aligned = is_aligned(logits, vector) and is_aligned(out, vector)
     tile = min(TILE_BYTES // logits.element_size(), power_of_2(vocab))
     tiles = ceil_div(vocab + vector - 1, tile)

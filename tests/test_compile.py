@@ -86,6 +86,20 @@ def test_expand(target, dtype, vocab, k):
     assert all(entries.spill_bytes == 0 for entries in others)
 
 
+@EACH_VOCAB
+def test_expand_of_float32_logits_to_a_shorter_gradient(target, vocab):
+    logits, row = torch.empty(1, ROWS, vocab), torch.zeros(ROWS)
+    out = torch.empty(1, ROWS, vocab, dtype=torch.bfloat16)
+    ids, entry = torch.zeros(ROWS, 1, dtype=torch.int64), torch.zeros(ROWS, 1)
+    result = compiled(
+        target,
+        "_expand",
+        lambda: expand(logits, ids, row, row, entry, None, row, entry, 1.0, out),
+    )
+    assert_streams(result, 64 if vocab == ALIGNED else 128)
+    assert result.widest_store >= (64 if target.startswith("gfx") else 128)
+
+
 @pytest.mark.parametrize(
     ("direction", "support", "k"),
     [

@@ -514,6 +514,15 @@ FOUND = {
         "no labels": True,
         "tensors of inference mode": True,
     },
+    "rows left out, of whose gradients 0 became NaN with the units of the chunks": {
+        "function": "linear_opd_loss",
+        "rows": 33,
+        "bias": True,
+        "chunk size": 7,
+        "mask": "late",
+        "block size": 2,
+        "drift": "nan",
+    },
 }
 
 

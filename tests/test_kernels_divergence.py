@@ -175,6 +175,20 @@ def test_rows_that_are_not_valid_are_not_read(kernels_on_cpu, direction):
         assert (got.view(6, -1)[~valid] == 0).all()
 
 
+@EACH_DIRECTION
+@pytest.mark.parametrize("vocab", [5000, 2053])  # aligned; rows that start anywhere
+def test_a_shorter_gradient_is_the_float32_one_rounded(kernels_on_cpu, direction, vocab):
+    """As float32 logits of a head have it; the teacher lacks three words."""
+    x, y = (t.to(kernels_on_cpu) for t in draw(1, 3, vocab))
+    y = y[..., : vocab - 3]
+    labels, upstream = (torch.arange(3, device=kernels_on_cpu) for _ in range(2))
+    valid, upstream = labels >= 0, upstream.float()
+    *_, expected, statistics = run(x, y, labels, valid, upstream, direction)
+    out = torch.empty_like(x, dtype=torch.bfloat16)
+    differentiate(x, y, statistics, valid, upstream, direction, out)
+    assert torch.equal(out, expected.bfloat16())
+
+
 def test_rows_whose_upstream_is_0_are_not_read(kernels_on_cpu):
     x = torch.full((1, 2, 150), float("nan"), device=kernels_on_cpu)
     out, statistics = torch.full_like(x, float("nan")), torch.zeros(5, 2, device=kernels_on_cpu)

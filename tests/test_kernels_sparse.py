@@ -168,6 +168,23 @@ def test_losses(kernels_on_cpu, form, mode):
     assert_same_budget(problem, "triton", device=kernels_on_cpu, **options)
 
 
+@pytest.mark.parametrize(
+    ("form", "softcap"), [("opd", None), ("opd", 6.0), ("tail", None), ("full", None)]
+)
+def test_losses_of_float32_logits(kernels_on_cpu, form, softcap):
+    options = {"chunk_size": 16, "gate": DriftGate(block_size=8)}
+    if form == "tail":
+        form, options["support"] = "topk", "tail"
+    problems = [
+        draw_head(
+            form, 2, 14, vocab=40, seed=seed, dtype=torch.bfloat16, softcap=softcap,
+            logits_dtype=torch.float32,
+        )
+        for seed in range(2)
+    ]  # fmt: skip
+    assert_same_budget(problems, "triton", device=kernels_on_cpu, metrics=False, **options)
+
+
 def test_lists_need_no_dense_product(kernels_on_cpu):
     """LSM: a scan for the drift, then K rows of the head; not even the scan with log-probs."""
     problem = draw_head("topk", 1, 12, vocab=40, bias=False).to(kernels_on_cpu)

@@ -60,6 +60,32 @@ def check(
     assert torch.equal(logits, out), f"{name}: in place differs"
 
 
+SHORT = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@SHORT
+@pytest.mark.parametrize(
+    ("vocab", "k"),
+    [
+        (5000, 1),  # aligned for both dtypes; two tiles and a part
+        (2053, 1),  # rows start anywhere
+        (300, 3),  # the second launch
+    ],
+)
+def test_a_shorter_gradient_is_the_float32_one_rounded(kernels_on_cpu, dtype, vocab, k):
+    """As float32 logits of a head have it."""
+    logits = draw_logits(1, 4, vocab).to(kernels_on_cpu)
+    ids = ids_for(logits, k)
+    gathered, _, maximum, log_sum, _ = scan(logits, ids, None, 1.3, False)
+    beta = torch.linspace(-1, 1, 4 * k, device=kernels_on_cpu).view(4, k)
+    alpha = -beta.sum(-1)
+    alpha[1] = 0
+    outs = [torch.empty_like(logits, dtype=x) for x in (torch.float32, dtype)]
+    for out in outs:
+        expand(logits, ids, maximum, log_sum, gathered, None, alpha, beta, 1.3, out)
+    assert torch.equal(outs[0].to(dtype), outs[1])
+
+
 def ids_for(logits: Tensor, k: int, dtype: torch.dtype = torch.int64) -> Tensor:
     """K distinct words a row, the likeliest first."""
     n = logits.shape[0] * logits.shape[1]

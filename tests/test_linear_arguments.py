@@ -49,6 +49,12 @@ def call(form, changes):
         ({"temperature": 0}, ValueError, "temperature must be"),
         ({"chunk_size": 0}, ValueError, "head.chunk_size must be at least 1"),
         ({"chunk_size": 2.5}, TypeError, "head.chunk_size must be an int"),
+        ({"logits_dtype": torch.bfloat16}, ValueError, "head.logits_dtype must be None or torch"),
+        (
+            {"logits_dtype": "float32"},
+            ValueError,
+            "head.logits_dtype must be None or torch.float32",
+        ),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
         ({"gate": 1.0}, TypeError, "gate must be a DriftGate"),
         ({"reduction": "mean"}, ValueError, "reduction.mode must be one of"),

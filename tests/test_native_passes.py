@@ -83,6 +83,30 @@ def test_expand_as_in_torch(dtype, words):
         assert torch.equal(logits, got)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_shorter_gradient_is_the_float32_one_rounded(dtype):
+    """As float32 logits of a head have it."""
+    logits, ids, valid = drawn(1, 3)
+    generator = seeded(100)
+    gathered, _, maximum, log_sum, _ = native.scan(logits, ids, valid, 1.3, False)
+    alpha, beta = torch.randn(21, generator=generator), torch.randn(21, 3, generator=generator)
+    alpha[::4] = 0
+    teacher = logits[..., :-2] + torch.randn(logits[..., :-2].shape, generator=generator)
+    rows = torch.ones(21, dtype=torch.bool) if valid is None else valid
+    for passes in (native, plain):
+        outs = [torch.full_like(logits, torch.nan, dtype=x) for x in (torch.float32, dtype)]
+        for out in outs:
+            passes.expand(logits, ids, maximum, log_sum, gathered, valid, alpha, beta, 1.3, out)
+        assert torch.equal(outs[0].to(dtype), outs[1])
+        for direction in ("reverse", "forward", "jsd"):
+            options = 1.0, 0.7, direction, 0.3
+            *_, found, _ = passes.divergence(logits, teacher, None, rows, *options, False)
+            for out in outs:
+                out.fill_(torch.nan)
+                passes.divergence_grad(logits, teacher, found, rows, alpha, *options, out)
+            assert torch.equal(outs[0].to(dtype), outs[1])
+
+
 def test_near_certainty_the_gradient_keeps_its_digits():
     logits = torch.tensor([[[15.0, 0.0, 1.0]]])
     ids, one = torch.tensor([[0]]), torch.ones(1)

@@ -25,7 +25,12 @@ from drift_gate.head import sparse
 
 pytestmark = pytest.mark.xdist_group("shards")  # one worker: processes are started once
 GATE = dg.DriftGate(block_size=4)
-HEAD = "softcap", "logit_scale", "chunk_size"  # of the options: the rest is the loss's
+HEAD = (
+    "softcap",
+    "logit_scale",
+    "chunk_size",
+    "logits_dtype",
+)  # of the options: the rest is the loss's
 CASES: dict[str, tuple[str, bool, Any, dict[str, Any]]] = {
     f"{form}{', linear' * linear}": (form, linear, GATE, {"return_entropy": True})
     for form, linear in itertools.product(("opd", "topk"), (False, True))

@@ -12,6 +12,7 @@ from drift_gate.bench import floors
 from drift_gate.bench.harness import Implementation, Suite
 from drift_gate.bench.inputs import Work, draw
 from drift_gate.bench.linear import GRADIENTS, bare_gemms, head
+from drift_gate.bench.names import OURS, WIDE
 from drift_gate.bench.peers import plain, whole
 from drift_gate.bench.replay import replay
 from drift_gate.bench.runs import baseline, ours, train
@@ -34,14 +35,21 @@ def eager(work: Work):
     return loss
 
 
-def drift_gate_loss(work: Work):
-    function = ours("linear_full_loss")
-    arguments = work.labels, work.old, work.teacher_hidden, work.teacher_weight
+def drift_gate_loss(work: Work, **options):
+    """options: of both heads."""
+    function, make = ours("linear_full_loss"), ours("Head")
+    teacher = work.teacher_hidden, make(work.teacher_weight, **options)
+    arguments = work.labels, work.old, *teacher
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return function(hidden, weight, *arguments, direction=work.case.what).loss
+        head = make(weight, **options)
+        return function(hidden, head, *arguments, direction=work.case.what).loss
 
     return train(loss)
+
+
+def wide(work: Work):
+    return drift_gate_loss(work, logits_dtype=torch.float32)
 
 
 def liger(work: Work):
@@ -75,7 +83,8 @@ SUITE = Suite(
     truths,
     (
         *baseline(eager, temporaries=26),
-        Implementation("drift_gate", drift_gate_loss, temporaries=4),
+        Implementation(OURS, drift_gate_loss, temporaries=4),
+        Implementation(WIDE, wide, temporaries=10),
         bare_gemms(3),
         Implementation("Liger fused linear JSD", liger, NO_GATE, "no gate", 20),
         Implementation("TRL ChunkedDivergenceFunction", trl, NO_GATE, "no gate", 8),

@@ -7,6 +7,7 @@ from drift_gate.bench import floors
 from drift_gate.bench.harness import Implementation, Suite
 from drift_gate.bench.inputs import Work, draw
 from drift_gate.bench.linear import GRADIENTS, bare_gemms, head
+from drift_gate.bench.names import OURS, WIDE, WIDE_WHOLE
 from drift_gate.bench.peers import plain, sampled
 from drift_gate.bench.peers.guard import Peer
 from drift_gate.bench.replay import replay
@@ -28,10 +29,23 @@ def eager(work: Work):
     return loss
 
 
-def drift_gate_loss(work: Work):
-    function = ours("linear_opd_loss")
+def drift_gate_loss(work: Work, **options):
+    """options: of the head."""
+    function, make = ours("linear_opd_loss"), ours("Head")
     arguments = work.labels, work.old, work.teacher
-    return train(lambda hidden, weight: function(hidden, weight, *arguments).loss)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return function(hidden, make(weight, **options), *arguments).loss
+
+    return train(loss)
+
+
+def wide(work: Work):
+    return drift_gate_loss(work, logits_dtype=torch.float32)
+
+
+def wide_whole(work: Work):
+    return drift_gate_loss(work, logits_dtype=torch.float32, chunk_size=work.case.rows)
 
 
 def gated(work: Work, function):
@@ -72,7 +86,9 @@ SUITE = Suite(
     truths,
     (
         *baseline(eager),
-        Implementation("drift_gate", drift_gate_loss, temporaries=2),
+        Implementation(OURS, drift_gate_loss, temporaries=2),
+        Implementation(WIDE, wide, temporaries=6),
+        Implementation(WIDE_WHOLE, wide_whole, temporaries=6),
         bare_gemms(3),
         *(finished(p, gated, "log-prob; clip and gate eager") for p in sampled.FROM_HIDDEN),
         *map(_mean, sampled.MEANS_FROM_HIDDEN),

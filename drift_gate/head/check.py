@@ -1,5 +1,6 @@
 """The arguments of the `linear_` forms, checked: hidden states and an LM head."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ class HeadRule(NamedTuple):
     scale: float  # logit_scale / temperature
     chunk_size: int  # rows whose logits exist at a time,
     scan_size: int  # where they are only read
+    wide: bool = False  # logits are float32 where the head is shorter
 
 
 class HeadInputs(NamedTuple):
@@ -64,11 +66,7 @@ def local_head(
     bias = head.bias
     if bias is not None:
         bias, _ = unwrap_words("head.bias", bias, 0)
-    return (
-        hidden_states,
-        Head(weight, bias, head.softcap, head.logit_scale, head.chunk_size),
-        shard,
-    )
+    return hidden_states, dataclasses.replace(head, weight=weight, bias=bias), shard
 
 
 def take_head(
@@ -103,19 +101,20 @@ def take_head(
     if head.softcap is not None:
         arguments.number(f"{at}.softcap", head.softcap, 0)
     arguments.number(f"{at}.logit_scale", head.logit_scale, 0)
+    if head.logits_dtype not in (None, torch.float32):
+        raise ValueError(
+            f"{at}.logits_dtype must be None or torch.float32; got {head.logits_dtype}"
+        )
     arguments.number(f"{prefix}temperature", temperature, 0)
     scale = float(head.logit_scale) / float(temperature)
     vocab = weight.shape[0] if shard is None else shard.total
     row_dtype = torch.promote_types(hidden.dtype, torch.float32)
     of = f"{name} without H"
     student = Student(name, of, hidden.shape[:-1], vocab, row_dtype, hidden.device)
-    rule = HeadRule(
-        float(head.softcap or 0),
-        scale,
-        *chunk_sizes(
-            f"{at}.chunk_size", head.chunk_size, weight, vocab if shard is None else shard.largest
-        ),
-    )
+    wide = head.logits_dtype is not None and row_dtype != hidden.dtype
+    words = vocab if shard is None else shard.largest
+    sizes = chunk_sizes(f"{at}.chunk_size", head.chunk_size, weight, words, wide)
+    rule = HeadRule(float(head.softcap or 0), scale, *sizes, wide)
     rows = hidden.reshape(-1, hidden.shape[-1])
     inputs = HeadInputs(rows, weight, bias, rule, whole(vocab) if shard is None else shard)
     return inputs, student, resolve_for(backend, shard, hidden)
@@ -129,6 +128,7 @@ def head_facts(name: str, head: Head | Tensor, rule: HeadRule) -> dict[str, obje
         f"{name}.softcap": head.softcap,
         f"{name}.logit_scale": head.logit_scale,
         f"{name}.chunk_size": rule.chunk_size,
+        f"{name}.logits_dtype": head.logits_dtype,
     }
 
 
@@ -172,22 +172,26 @@ def _gathered(name: str, x: Any) -> Tensor:
     return x
 
 
-def chunk_sizes(name: str, asked: int | None, weight: Tensor, words: int) -> tuple[int, int]:
+def chunk_sizes(
+    name: str, asked: int | None, weight: Tensor, words: int, wide: bool = False
+) -> tuple[int, int]:
     """Rows whose logits of so many words exist at a time, and where they are only read.
 
     GEMMs reach their rate at some hundred rows on a CPU and at some thousand on a GPU, while the
     logits of a chunk are to stay small beside the head's gradient. The product that makes them
-    needs fewer rows than the one that sums that gradient.
+    needs fewer rows than the one that sums that gradient. wide: float32 logits, and beside them
+    their gradient in the weight's dtype.
     """
     if asked is not None:
         size = arguments.whole(name, asked, 1)
         return size, size
-    row = words * weight.itemsize
+    only_read = words * (4 if wide else weight.itemsize)
+    row = only_read + (words * weight.itemsize if wide else 0)
     if weight.device.type != "cpu":
-        return _whole_tiles(GPU_BYTES // row), _whole_tiles(GPU_READ_BYTES // row)
+        return _whole_tiles(GPU_BYTES // row), _whole_tiles(GPU_READ_BYTES // only_read)
     most = max(512, SMALL_BYTES // row)
     rows = max(64, min(most, CPU_BYTES // row // 64 * 64))
-    return rows, max(1, min(rows, READ_BYTES // row))
+    return rows, max(1, min(rows, READ_BYTES // only_read))
 
 
 def _whole_tiles(rows: int) -> int:

@@ -14,7 +14,7 @@ from ..parallel import words
 from ..passes.rules import NO_GATE, PositionRule, ReduceRule, RowData
 from .check import HeadInputs
 from .chunks import Rows, put, take
-from .logits import logits_of, new_buffer, slices, uncap
+from .logits import Room, logits_of, new_buffer, slices, uncap
 
 SUM = ReduceRule()
 
@@ -48,32 +48,37 @@ class Common(NamedTuple):
 
 
 class Chunk:
-    """Logits of a few rows in a buffer, their statistics, and then their gradient in its place."""
+    """Logits of a few rows, their statistics, and then their gradient."""
 
-    def __init__(self, common: Common, at: Rows, ids: Tensor, out: Tensor) -> None:
+    def __init__(self, common: Common, at: Rows, ids: Tensor, room: Room) -> None:
         head = self.head = common.head
-        self.run, self.ids = common.run, ids
-        self.logits = logits_of(head, take(head.hidden, at), out)
+        self.run, self.ids, self.room = common.run, ids, room
+        self.logits = logits_of(head, take(head.hidden, at), room.logits)
         found = words.scan(
             self.run, self.logits[None], ids, None, head.rule.scale, common.entropy, head.shard
         )
         self.gathered, self.log_probs, self.maximum, self.log_sum, self.entropy = found
 
     def gradient(self, alpha: Tensor, beta: Tensor) -> Tensor:
-        """[C, V]: d loss / d (hidden W^T + bias), over the logits, from alpha [C], beta [C, K]."""
+        """[C, V]: d loss / d (hidden W^T + bias) from alpha [C], beta [C, K]; the logits are lost.
+
+        Where there is a cap, float32 logits become their float32 gradient, which is rounded with
+        the cap's slope.
+        """
         z, cap, scale = self.logits, self.head.rule.softcap, self.head.rule.scale
-        ids = self.ids
+        ids, rounded = self.ids, self.room.gradient(len(z))
+        out = z if cap else rounded
         if self.head.shard.group:
             ids = words.own(self.head.shard, ids, z.shape[1])
         for rows in slices(z) if cap else [slice(0, len(z))]:
             kept = z[rows].to(alpha.dtype, copy=True) if cap else None
             self.run.expand(
                 z[None, rows], ids[rows], self.maximum[rows], self.log_sum[rows],
-                self.gathered[rows], None, alpha[rows], beta[rows], scale, z[None, rows],
+                self.gathered[rows], None, alpha[rows], beta[rows], scale, out[None, rows],
             )  # fmt: skip
             if kept is not None:
-                uncap(z[rows], kept, cap)
-        return z
+                uncap(rounded[rows], z[rows], kept, cap)
+        return rounded
 
 
 class ChunkLoss(Protocol):
@@ -102,12 +107,12 @@ class SampledToken:
         self.common, self.ids = common, common.labels[:, None]
         self.old, self.target, self.position = old, target, position
         self.results = common.results()
-        self.buffer = new_buffer(common.head, common.chunk_size)
+        self.room = Room(common.head, common.chunk_size)
 
     def values(self, at: Rows) -> Tensor:
         c = self.common
         self.at = at
-        self.chunk = Chunk(c, at, take(self.ids, at), self.buffer)
+        self.chunk = Chunk(c, at, take(self.ids, at), self.room)
         self.log_probs = self.chunk.log_probs[:, 0].contiguous()
         c.keep(self.results, at, self.log_probs, self.chunk.entropy)
         return self.log_probs
@@ -140,12 +145,12 @@ class ListedWords:
         first = listed[:, :1] if common.labels is None else common.labels[:, None]
         self.ids = torch.cat([first.to(listed.dtype), listed], 1)
         self.results = common.results(tuple(listed.shape), tuple(listed.shape))
-        self.buffer = new_buffer(common.head, common.chunk_size)
+        self.room = Room(common.head, common.chunk_size)
 
     def values(self, at: Rows) -> Tensor:
         c = self.common
         self.at = at
-        self.chunk = Chunk(c, at, take(self.ids, at), self.buffer)
+        self.chunk = Chunk(c, at, take(self.ids, at), self.room)
         now = self.chunk.log_probs[:, 0].contiguous()
         if c.labels is None:
             now = torch.zeros_like(now)
@@ -177,12 +182,12 @@ class WholeVocabulary:
         self.common, self.teacher, self.vocab = common, teacher, vocab
         self.options = common.head.rule.scale, teacher.rule.scale, direction, beta
         self.results = common.results((len(common.head.hidden),))
-        self.buffer = new_buffer(common.head, common.chunk_size)
+        self.room = Room(common.head, common.chunk_size)
         self.other = new_buffer(teacher, common.chunk_size)
 
     def values(self, at: Rows) -> Tensor:
         c = self.common
-        self.logits = logits_of(c.head, take(c.head.hidden, at), self.buffer)
+        self.logits = logits_of(c.head, take(c.head.hidden, at), self.room.logits)
         theirs = logits_of(self.teacher, take(self.teacher.hidden, at), self.other)
         self.theirs = theirs[None, :, : self.vocab]
         labels = None if c.labels is None else take(c.labels, at)
@@ -196,13 +201,15 @@ class WholeVocabulary:
 
     def gradient(self, weights: Tensor, final: bool) -> Tensor:
         z, cap = self.logits, self.common.head.rule.softcap
+        rounded = self.room.gradient(len(z))
+        out = z if cap else rounded
         for part in slices(z) if cap else [slice(0, len(z))]:
             kept = z[part].to(weights.dtype, copy=True) if cap else None
             whole = torch.ones_like(weights[part], dtype=torch.bool)
             self.common.run.divergence_grad(
                 z[None, part], self.theirs[:, part], self.statistics[:, part].contiguous(), whole,
-                weights[part].contiguous(), *self.options, z[None, part],
+                weights[part].contiguous(), *self.options, out[None, part],
             )  # fmt: skip
             if kept is not None:
-                uncap(z[part], kept, cap)
-        return z
+                uncap(rounded[part], z[part], kept, cap)
+        return rounded

@@ -11,7 +11,7 @@ from torch import Tensor
 from .check import HeadInputs
 from .chunk_losses import Chunk, Common
 from .chunks import Rows, all_rows, chunks, chunks_of_most, longest, take
-from .logits import new_buffer
+from .logits import Room
 from .sums import Needs, Sums
 
 
@@ -32,14 +32,14 @@ def scan_head(
     common = Common(run, head, None, size, with_entropy)
     (n, k) = ids.shape
     rows = parts_of(valid, n, size, most)
-    buffer = new_buffer(head, longest(rows))
+    room = Room(head, longest(rows))
     if len(rows) == 1 and isinstance(rows[0], slice):  # all of them
-        chunk = Chunk(common, rows[0], ids, buffer)
+        chunk = Chunk(common, rows[0], ids, room)
         return chunk.gathered, chunk.log_probs, chunk.maximum, chunk.log_sum, chunk.entropy
     shapes = (n, k), (n, k), (n,), (n,), (n if with_entropy else 0,)
     results = [common.new(*shape) for shape in shapes]
     for at in rows:
-        chunk = Chunk(common, at, take(ids, at), buffer)
+        chunk = Chunk(common, at, take(ids, at), room)
         parts = chunk.gathered, chunk.log_probs, chunk.maximum, chunk.log_sum, chunk.entropy
         common.keep(results, at, *parts)
     gathered, log_probs, maximum, log_sum, entropy = results
@@ -61,9 +61,9 @@ def expand_head(
     common = Common(run, head, None, size, False)
     sums = Sums(head, needs, False, backend)
     parts = parts_of(valid, len(ids), size)
-    buffer = new_buffer(head, longest(parts))
+    room = Room(head, longest(parts))
     for rows in parts:
-        chunk = Chunk(common, rows, take(ids, rows), buffer)
+        chunk = Chunk(common, rows, take(ids, rows), room)
         gradient = chunk.gradient(take(alpha, rows), take(beta, rows))
         sums.add(rows, take(head.hidden, rows), gradient)
     return sums.finish()

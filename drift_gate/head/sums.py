@@ -112,7 +112,9 @@ class Sums:
             _scale_on_device([of_hidden, of_weight, of_bias], factor)
         elif not factor.is_cpu or float(factor) != 1:
             factor = factor.to(of_bias.dtype)
+            untouched = of_hidden == 0  # rows to come, or left out: 0, though the factor be NaN
             _multiply(of_hidden, factor)
+            of_hidden.masked_fill_(untouched, 0)
             _scale_weight(of_weight, rest, factor, last=False)
             _multiply(of_bias, factor)
 

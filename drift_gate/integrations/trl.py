@@ -16,6 +16,7 @@ from .. import (
     Clip,
     DriftGate,
     GateNormalizer,
+    Head,
     LossOutput,
     Parallel,
     Reduction,
@@ -56,6 +57,7 @@ except (ImportError, AttributeError, RuntimeError) as reason:  # TRL's lazy modu
     raise unusable("trl", WANTED, reason) from reason
 
 LOSSES = ("sampled", "topk", "full")
+LOGITS_DTYPES = {"float32": torch.float32}
 if TYPE_CHECKING:
     EstimatorName = str
 else:
@@ -80,6 +82,8 @@ class GatedDistillationConfig(DistillationConfig):
         teacher_top_k, support: of "topk"; with beta = 1 and "renormalized" it is LSM.
         gate_granularity: "block", "span" (lines of the response), "token", "sequence", or "off".
         gate_block_size, gate_tau, gate_aggregate, gate_sample_every: see `DriftGate`.
+        logits_dtype: None, or "float32" as TRL's own loss has them: `Head.logits_dtype` of student
+            and teacher, for the old log-probs, too.
     """
 
     num_iterations: int = field(
@@ -116,11 +120,16 @@ class GatedDistillationConfig(DistillationConfig):
         default=1,
         metadata={"help": "Measure a block's drift at every such position; 1: at all."},
     )
+    logits_dtype: str | None = field(
+        default=None, metadata={"help": "float32 keeps the sums of the heads' products."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         option("loss", self.loss, LOSSES)
         option("estimator", self.estimator, ESTIMATORS)
+        if self.logits_dtype is not None:
+            option("logits_dtype", self.logits_dtype, LOGITS_DTYPES)
         for name in ("num_iterations", "teacher_top_k"):
             number(name, getattr(self, name), above=0)
         if self.loss == "topk":
@@ -294,12 +303,19 @@ class GatedDistillationTrainer(DistillationTrainer):
         hidden = self._get_last_hidden_state(model, ids, mask, length, **extras)
         return hidden.to(model.get_output_embeddings().weight.device)
 
+    def _head(self, model: Any, dtype: torch.dtype) -> Head:
+        """The LM head of a model whose hidden states have this dtype."""
+        wanted = self.args.logits_dtype
+        return replace(
+            head_of(model, dtype), logits_dtype=None if wanted is None else LOGITS_DTYPES[wanted]
+        )
+
     def _log_probs(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Log-probs [B, T] of the completion's tokens; 0 where the loss is masked."""
         hidden = self._hidden_states(model, inputs)
         labels = inputs["completion_ids"].masked_fill(_loss_mask(inputs) == 0, -100)
         labels = labels.to(hidden.device)
-        head = head_of(model, hidden.dtype)
+        head = self._head(model, hidden.dtype)
         if self.args.loss == "full" and self._words.differ:  # as the loss will see them
             bias = None if head.bias is None else head.bias[: self._words.shared]
             head = replace(head, weight=head.weight[: self._words.shared], bias=bias)
@@ -313,7 +329,7 @@ class GatedDistillationTrainer(DistillationTrainer):
         hidden = self._hidden_states(model, inputs)
         if self.args.loss == "full":
             return {"teacher_hidden_states": hidden}
-        head = head_of(model, hidden.dtype)
+        head = self._head(model, hidden.dtype)
         mask = _loss_mask(inputs).to(hidden.device)
         ids, log_probs = head_topk(hidden, head, self.args.teacher_top_k, mask, self.temperature)
         return {"teacher_topk_ids": ids, "teacher_topk_log_probs": log_probs}
@@ -338,7 +354,7 @@ class GatedDistillationTrainer(DistillationTrainer):
         args, device, spans = self.args, hidden.device, inputs.get("span_ids")
         options: dict[str, Any] = {
             "hidden_states": hidden,
-            "head": head_of(model, hidden.dtype),
+            "head": self._head(model, hidden.dtype),
             "labels": inputs["completion_ids"].to(device),
             "old_log_probs": inputs["old_log_probs"],
             "gate": self._normalizer if self.model.training and self._normalizer else self.gate,
@@ -358,7 +374,7 @@ class GatedDistillationTrainer(DistillationTrainer):
             unknown = self._words.teacher > self._words.student
             return linear_topk_loss(**options, support=args.support, ignore_unknown_ids=unknown)
         teacher = self.accelerator.unwrap_model(self.teacher_model)
-        head = head_of(teacher, options["teacher_hidden_states"].dtype)
+        head = self._head(teacher, options["teacher_hidden_states"].dtype)
         shared = self._words.shared if self._words.differ else None
         return linear_full_loss(**options, teacher_head=head, vocab_size=shared)
 

@@ -97,6 +97,9 @@ def linear_full_loss(
             teacher_temperature = temperature
         theirs, teacher = _teacher(teacher_hidden_states, teacher_head, teacher_temperature)
         resolve(chosen, inputs.hidden, theirs.hidden)
+        if theirs.rule.wide and as_head(head).chunk_size is None:  # the larger logits decide
+            size = min(inputs.rule.chunk_size, theirs.rule.chunk_size)
+            inputs = inputs._replace(rule=inputs.rule._replace(chunk_size=size))
         student = _shared(student, teacher, vocab_size)
         needs = needs_of(*inputs[:3])
         call = take_rows(

@@ -13,9 +13,12 @@ from .vocabulary import Student, accumulation_dtype
 def head_logits(hidden: Tensor, head: Head) -> Tensor:
     """[..., V] of hidden [..., H]; the product is rounded to the head's dtype.
 
-    A wider bias is added to the rounded product, in its own dtype.
+    A wider bias is added to the rounded product, in its own dtype. With `logits_dtype` nothing is
+    rounded but the gradient of the product, once.
     """
     rows = hidden.flatten(0, -2)  # one product of two matrices, whatever the shape of the batch
+    if head.logits_dtype is not None:
+        return _unrounded(rows, head).view(*hidden.shape[:-1], head.weight.shape[0])
     weight, bias = head.weight, head.bias
     cast = torch.is_autocast_enabled(rows.device.type)  # all three
     if bias is None or bias.dtype == weight.dtype or cast:
@@ -26,6 +29,24 @@ def head_logits(hidden: Tensor, head: Head) -> Tensor:
         z = head.softcap * torch.tanh(z / head.softcap)
     z = z.to(accumulation_dtype(z)) * head.logit_scale
     return z.view(*hidden.shape[:-1], head.weight.shape[0])
+
+
+def _unrounded(rows: Tensor, head: Head) -> Tensor:
+    """[N, V] in float32 (float64); under autocast of factors that it has cast."""
+    kind, parts = rows.device.type, (rows, head.weight, head.bias)
+    if torch.is_autocast_enabled(kind) and rows.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        parts = tuple(x if x is None else x.to(dtype) for x in parts)
+    short = parts[0].dtype
+    with torch.autocast(kind, enabled=False):
+        rows, weight, bias = (x if x is None else x.to(accumulation_dtype(x)) for x in parts)
+        z = torch.nn.functional.linear(rows, weight)
+        z = z if bias is None else z + bias
+        if z.requires_grad:
+            z.register_hook(lambda gradient: gradient.to(short).to(gradient.dtype))
+        if head.softcap is not None:
+            z = head.softcap * torch.tanh(z / head.softcap)
+        return z * head.logit_scale
 
 
 def from_head(hidden_states: Tensor, head: Head | Tensor) -> Student:

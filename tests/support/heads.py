@@ -67,6 +67,7 @@ def draw_head(
     softcap: float | None = 6.0,  # the logits lie within +-10: it bends them
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,  # of the teacher's head, too
     masked: float = 0.0,
     **options: Any,
 ) -> HeadProblem:
@@ -96,9 +97,10 @@ def draw_head(
         rest = [labels, old, ids, log_q]
     else:
         theirs = normal(*shape, width + 8).to(dtype)
-        their_head = dg.Head(normal(vocab, width + 8).to(dtype), softcap=softcap)
+        their_weight = normal(vocab, width + 8).to(dtype)
+        their_head = dg.Head(their_weight, softcap=softcap, logits_dtype=logits_dtype)
         rest = [labels, old, theirs, their_head]
-    head = dg.Head(weight, shift, softcap, logit_scale, chunk_size)
+    head = dg.Head(weight, shift, softcap, logit_scale, chunk_size, logits_dtype)
     return HeadProblem(form, hidden, head, rest, options)
 
 

@@ -67,7 +67,7 @@ def divergence_grad(
     teacher_scale: float,
     direction: str,
     beta: float,
-    out: Tensor,  # [B, T, V], dtype of the logits, any outer strides; may be the logits
+    out: Tensor,  # [B, T, V], of KINDS, any outer strides; may be the logits
 ) -> None:
     """Write upstream * d loss / d logits into `out`, computed in float32, rounded once.
 

@@ -95,7 +95,7 @@ def expand(
     alpha: Tensor,  # [N]: d loss / d logsumexp
     beta: Tensor,  # [N, K]: d loss / d z[ids]
     scale: float,  # 1 / temperature
-    out: Tensor,  # [B, T, V], dtype of the logits, any outer strides; may be the logits
+    out: Tensor,  # [B, T, V], of KINDS, any outer strides; may be the logits
 ) -> None:
     """Write d loss / d logits into `out`: scale * (alpha softmax(z) + sum_k beta_k onehot(ids_k)).
 

@@ -78,7 +78,7 @@ def expand(
     alpha: Tensor,  # [N]: d loss / d logsumexp
     beta: Tensor,  # [N, K]: d loss / d z[ids]
     scale: float,  # 1 / temperature
-    out: Tensor,  # [B, T, V], dtype of the logits, any strides; may be the logits
+    out: Tensor,  # [B, T, V], any float dtype, any strides; may be the logits
 ) -> None:
     """Write d loss / d logits into `out`, computed in float32 (float64) and rounded once.
 
