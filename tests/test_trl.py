@@ -188,6 +188,24 @@ def test_ungated_full_loss_is_trl_s_own(tmp_path, beta):
         torch.testing.assert_close(*(torch.tensor(metric(t, name)) for t in (ours, theirs)))
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_in_bfloat16_it_is_trl_s_own_with_float32_logits(tmp_path, beta):
+    """Of models in bfloat16, whose losses round the logits where they are not told otherwise."""
+    shape = dict(per_device_train_batch_size=2, beta=beta, teacher_width=24)
+
+    def gradient(trainer, **more):
+        models = {"student": tiny.model(1).bfloat16(), "teacher": tiny.model(2, 24).bfloat16()}
+        made, steps = run(tmp_path, trainer, **shape, **models, **more)
+        return steps[0]["lm_head.weight"].double(), metric(made, "loss")[0]
+
+    gated = dict(trainer=FixedGated, loss="full", gate_granularity="off")
+    expected, loss = gradient(FixedPlain)
+    found = {wanted: gradient(**gated, logits_dtype=wanted) for wanted in (None, "float32")}
+    apart = {k: float((x - expected).norm() / expected.norm()) for k, (x, _) in found.items()}
+    assert apart["float32"] < 1e-3 < 2e-3 < apart[None]
+    assert abs(found["float32"][1] - loss) < 1e-5 < 1e-4 < abs(found[None][1] - loss)
+
+
 # Heads of other sizes over one tokenizer, as 151,936 and 152,064 rows of Qwen2.5.
 
 PADDED = len(tiny.WORDS) + 6

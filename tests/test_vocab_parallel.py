@@ -157,6 +157,19 @@ def functions(rank: int, ranks: int) -> dict[str, Tensor]:
     return functions_of(whole, *head, rows, parallel=parallel)
 
 
+def float32_logits(rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """Log-probs of a head in bfloat16, and the gradient of this rank's words."""
+    whole, bias = problem(1)
+    weight = words(whole.weight, rank, ranks).bfloat16().requires_grad_()
+    head = dg.Head(weight, words(bias, rank, ranks).float(), logits_dtype=torch.float32)
+    parallel = dg.Parallel(vocab_parallel_group=dist.group.WORLD)
+    found, _ = dg.linear_token_log_probs(
+        whole.hidden.bfloat16(), head, whole.labels, parallel=parallel
+    )
+    (gradient,) = torch.autograd.grad(found.sum(), weight)
+    return found.detach(), gradient
+
+
 def with_rows_over_ranks(rank: int, ranks: int) -> dict[str, Tensor]:
     """Two shards of the words times two of the rows."""
     mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("rows", "words"))
@@ -271,7 +284,7 @@ def opchecks(rank: int, ranks: int) -> int:
 
 
 def all_works(rank: int, ranks: int) -> dict[str, Any]:
-    works: list[Callable[..., Any]] = [losses, functions, two_vocabularies]
+    works: list[Callable[..., Any]] = [losses, functions, float32_logits, two_vocabularies]
     works += [dtensors, troubles, counted_bytes, opchecks] if ranks == 2 else [with_rows_over_ranks]
     return {work.__name__: work(rank, ranks) for work in works}
 
@@ -315,6 +328,19 @@ def test_log_probs_and_logsumexp_of_shards(ranks: int):
     whole, bias = problem(1)
     wanted = functions_of(whole, whole.weight, bias, excluded(whole))
     assert_same(of_ranks(ranks, functions), wanted, "functions")
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_float32_logits_of_shards(ranks: int):
+    whole, bias = problem(1)
+    weight = whole.weight.bfloat16().double().requires_grad_()
+    logits = whole.hidden.bfloat16().double() @ weight.T + bias.float()
+    truth = logits.log_softmax(-1).gather(-1, whole.labels[..., None])[..., 0]
+    (gradient,) = torch.autograd.grad(truth.sum(), weight)
+    for rank, (found, of_words) in enumerate(of_ranks(ranks, float32_logits)):
+        torch.testing.assert_close(found.double(), truth.detach(), rtol=0, atol=3e-6)
+        wanted = words(gradient, rank, ranks)
+        assert (of_words.double() - wanted).norm() < 5e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

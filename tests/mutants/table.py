@@ -25,6 +25,7 @@ LINEAR = "tests/test_linear_losses.py tests/test_head_gradients.py tests/test_li
 LISTS = "tests/test_head_lists.py"
 OTHERS = "tests/test_other_losses.py"
 SAMPLING = "tests/test_sampling.py"
+WIDE = "tests/test_logits_dtype.py"
 MICRO = "tests/test_micro_batches.py"
 RANKS = "tests/test_ranks.py"
 SHARDS = "tests/test_vocab_parallel.py"
@@ -54,6 +55,7 @@ TORCH_SPARSE = "drift_gate/passes/torch/sparse.py"
 TORCH_SELECT = "drift_gate/passes/torch/select.py"
 CHECK = "drift_gate/head/check.py"
 SUMS = "drift_gate/head/sums.py"
+LOGITS = "drift_gate/head/logits.py"
 WALK = "drift_gate/head/walk.py"
 SPARSE = "drift_gate/head/sparse.py"
 HANDING = "drift_gate/losses/handing.py"
@@ -75,7 +77,16 @@ PYTHON = [
     Mutant("first chunk counted twice", SUMS, "self.begun = True", "self.begun = len(hidden) < 2", LINEAR),
     Mutant("lower byte lost", SUMS, "add_(bits.copy_(low), alpha=256)", "add_(bits.copy_(low), alpha=0)", LINEAR),
     Mutant("truncated to 24 bits", SUMS, "value.view(torch.int32).add_(128)", "value.view(torch.int32).add_(0)", LINEAR),
-    Mutant("slope of the cap forgotten", "drift_gate/head/chunk_losses.py", "uncap(z[rows], kept, cap)", "pass", LINEAR),
+    Mutant("slope of the cap forgotten", "drift_gate/head/chunk_losses.py", "uncap(rounded[rows], z[rows], kept, cap)", "pass", LINEAR),
+    Mutant("float32 logits made in the head's dtype", LOGITS, "dtype=torch.float32 if head.rule.wide else weight.dtype", "dtype=weight.dtype", WIDE),
+    Mutant("words of the head left out", LOGITS, "range(0, len(weight), step)", "range(0, len(weight) - step, step)", WIDE),
+    Mutant("bias of float32 logits forgotten", LOGITS, "            z += bias\n", "            pass\n", WIDE),
+    Mutant("cap of float32 logits forgotten", LOGITS, "mul_(softcap) if softcap else z\n", "mul_(softcap) if not z.numel() else z\n", WIDE),
+    Mutant("float32 gradients of a cap rounded before its slope", LOGITS, "out.copy_(slope.mul_(gradient))", "out.copy_(slope.mul_(gradient.to(out.dtype)))", WIDE),
+    Mutant("float32 logits counted as short ones", CHECK, "only_read = words * (4 if wide", "only_read = words * (2 if wide", WIDE),
+    Mutant("the gradient beside float32 logits not counted", CHECK, "words * weight.itemsize if wide else 0", "0 if wide else 0", WIDE),
+    Mutant("a wide teacher not counted", "drift_gate/losses/linear_full.py", "size = min(inputs", "size = max(inputs", WIDE),
+    Mutant("rows to come lose their 0", SUMS, "            of_hidden.masked_fill_(untouched, 0)\n", "", FUZZ),
     Mutant("sparse slope of the cap forgotten", SPARSE, "steep = 1 - (gathered", "steep = 1 - 0 * (gathered", LINEAR),
     Mutant("products of another rank's words", SPARSE, "slope, listed = slope.masked_fill(listed < 0, 0), listed", "slope, listed = slope, listed", SHARDS),
     Mutant("products without the words listed again", SPARSE, ".scatter_add_(1, listed, slope)", ".scatter_(1, listed, slope)", LISTS),
