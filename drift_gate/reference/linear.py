@@ -33,17 +33,17 @@ def head_logits(hidden: Tensor, head: Head) -> Tensor:
 
 def _unrounded(rows: Tensor, head: Head) -> Tensor:
     """[N, V] in float32 (float64); under autocast of factors that it has cast."""
-    kind, parts = rows.device.type, (rows, head.weight, head.bias)
+    kind, weight, bias = rows.device.type, head.weight, head.bias
     if torch.is_autocast_enabled(kind) and rows.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
-        parts = tuple(x if x is None else x.to(dtype) for x in parts)
-    short = parts[0].dtype
+        rows, weight = rows.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    short, wide = rows.dtype, accumulation_dtype(rows)
     with torch.autocast(kind, enabled=False):
-        rows, weight, bias = (x if x is None else x.to(accumulation_dtype(x)) for x in parts)
-        z = torch.nn.functional.linear(rows, weight)
-        z = z if bias is None else z + bias
+        shift = None if bias is None else bias.to(wide)
+        z = torch.nn.functional.linear(rows.to(wide), weight.to(wide), shift)
         if z.requires_grad:
-            z.register_hook(lambda gradient: gradient.to(short).to(gradient.dtype))
+            z.register_hook(lambda gradient: gradient.to(short).to(wide))  # type: ignore[no-untyped-call]
         if head.softcap is not None:
             z = head.softcap * torch.tanh(z / head.softcap)
         return z * head.logit_scale
