@@ -30,7 +30,8 @@ cd "$(dirname "$0")/.." || exit 1
 # the suites of which the README has rows; and what of them is this package's or its unit.
 ALL_PARTS='first head targets logits tests host long steps sweep profile chunks peers'
 FIRST='compile_on_a_gpu or weights_of_the_caller or pytorch_backend_on_a_gpu or fused_head_waits
-  or gather_in_slices or without_support or shorter_gradient or float32_logits or (directions_and_supports and truncated)'
+  or gather_in_slices or without_support or shorter_gradient or float32_logits
+  or (directions_and_supports and truncated)'
 SUITES='linear_topk_loss linear_opd_loss topk_loss opd_loss full_loss'
 OWN='drift_gate or GEMM'
 STEPS='layers or eager or drift_gate'
