@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n 2 --dist
 # Kernels are also compiled under these versions of Triton, beside the pinned one.
 TRITONS := 3.6.0 3.9.0
 # Trainers that do not go with the pinned set: each lies beside it, and is tested by itself.
-TRAINERS := skyrl
+TRAINERS := ms-swift skyrl
 
 .PHONY: help test test-integrations trainer-memory lint build/house house distill distill-study fuzz sanitize mutants bench bench-cpu bench-growth \
 	readme-table compile-check wheel-check clean
