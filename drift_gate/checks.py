@@ -20,6 +20,7 @@ from .spans import newline_spans
 
 LENGTHS = [50, 1, 77]  # rows of the packed sequences: less than a block, one, a block and a part
 ROWS = sum(LENGTHS)
+LARGE, SMALL = 50_257, 8_209  # words
 ROUNDS = 3
 ROUTES = tuple(name for name in BACKENDS if name not in ("auto", "reference"))
 LOSS_SCALE = 1024.0  # as trainers in float16 scale, to keep gradients out of its subnormals
@@ -75,6 +76,20 @@ def backends_on(device: torch.device) -> list[str]:
     return [first, "torch"] if fast else ["torch"]
 
 
+def absent_on(device: torch.device) -> dict[str, str]:
+    """Backends that cannot run there, and why."""
+    found = {}
+    if device.type == "cuda" and not HAS_TRITON:
+        found["triton"] = "the package triton is not installed"
+    if device.type == "cpu":
+        if native.instruction_set() is None:
+            found["native"] = "there was no C compiler at the installation"
+        found["triton"] = "needs a GPU, and torch sees none"
+        if torch.cuda.is_available():
+            del found["triton"]
+    return found
+
+
 def route(backend: str, device: torch.device) -> str:
     """A backend on a device, in words."""
     how = {
@@ -86,16 +101,22 @@ def route(backend: str, device: torch.device) -> str:
 
 
 def problems(device: torch.device, seed: int) -> Iterator[Problem]:
-    """Every dtype; 50,257 words (GPT-2's: odd, so that rows start unaligned) and 16,384."""
+    """Every dtype. One of GPT-2's vocabulary, the rest of a few tiles and a part: both are odd, so
+    that rows start unaligned. The small ones on one thread: more would wait for one another."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    yield _draw("plain", 50257, bf16, device, seed)
-    yield _draw("plain", 50257, fp16, device, seed + 1)
-    yield _draw("plain", 50257, fp32, device, seed + 2)
-    yield _draw("in place", 50257, bf16, device, seed + 3, inplace_backward=True)
-    yield _draw("in place", 16384, fp32, device, seed + 4, inplace_backward=True)
-    yield _draw("masked", 50257, bf16, device, seed + 5, masked=0.3)
-    yield _draw("packed", 16384, bf16, device, seed + 6, cu_seqlens=True)
-    yield _draw("span gate", 16384, fp16, device, seed + 7, spans=True)
+    yield _draw("plain", LARGE, bf16, device, seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield _draw("plain", SMALL, fp16, device, seed + 1)
+        yield _draw("plain", SMALL, fp32, device, seed + 2)
+        yield _draw("in place", SMALL, bf16, device, seed + 3, inplace_backward=True)
+        yield _draw("in place", SMALL, fp32, device, seed + 4, inplace_backward=True)
+        yield _draw("masked", SMALL, bf16, device, seed + 5, masked=0.3)
+        yield _draw("packed", SMALL, bf16, device, seed + 6, cu_seqlens=True)
+        yield _draw("span gate", SMALL, fp16, device, seed + 7, spans=True)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _draw(

@@ -1,8 +1,10 @@
 """Command line `drift-gate`; needs the extra `cli`."""
 
+import gc
 import os
+import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import torch
 
@@ -16,6 +18,9 @@ except ModuleNotFoundError as missing:
     ) from None
 
 from .passes.backends import backends_on
+
+if TYPE_CHECKING:
+    from .checks import Result
 
 app = typer.Typer(
     help="Fused, drift-gated losses for on-policy distillation.",
@@ -57,8 +62,9 @@ def check(
 ) -> None:
     """Compare each backend with the float64 reference: loss, gradients, memory, time.
 
-    Exits with 1 where an error is over its budget: twice the error of eager PyTorch in the same
-    dtype plus half a unit in the last place.
+    Takes some ten seconds, and says which routes it checks and which it cannot. Exits with 1 where
+    an error is over its budget: twice the error of eager PyTorch in the same dtype plus half a
+    unit in the last place.
     """
     from . import checks
 
@@ -69,7 +75,11 @@ def check(
     pairs = [(d, b) for d in devices for b in checks.backends_on(d) if backend in (None, b)]
     if not pairs:
         fail(f"--backend {backend} cannot run on {', '.join(map(str, devices))}")
+    start = time.perf_counter()
     passed = [_check(d, [b for at, b in pairs if at == d], seed) for d in devices]
+    routes = ", ".join(f"{b} on {d}" for d, b in pairs)
+    said = "within the budget" if all(passed) else "OVER THE BUDGET, see above"
+    typer.echo(f"{said}: {routes}; {time.perf_counter() - start:.1f} s")
     if not all(passed):
         raise typer.Exit(1)
 
@@ -78,22 +88,27 @@ def _check(device: torch.device, backends: list[str], seed: int) -> bool:
     """Print a table for each backend, and return whether everything is within budget."""
     from . import checks
 
-    console = Console()
+    console = Console(highlight=False)
     console.print(
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}: loss and "
-        f"gradients of {checks.ROWS} rows of up to 50,257 words, by way of"
+        f"gradients of {checks.ROWS} rows of up to {checks.LARGE:,} words, by way of"
     )
     for backend in backends:
-        console.print(f"  {checks.route(backend, device)}", highlight=False)
+        console.print(f"  {checks.route(backend, device)}")
+    for backend, why in checks.absent_on(device).items():
+        console.print(f"  not {backend}: {why}")
+    gc.freeze()  # what is loaded need not be walked before each measurement
     tables = {backend: _table(f'backend "{backend}"') for backend in backends}
     passed = True
     with console.status("drawing problems") as status:
         for problem in checks.problems(device, seed):
             dtype = str(problem.logits.dtype).removeprefix("torch.")
-            status.update(f"{problem.name}, {dtype}: float64 reference and eager loss")
+            words = problem.logits.shape[1]
+            console.print(f"checking: {problem.name}, {checks.ROWS} x {words:,} {dtype}")
+            status.update("float64 reference and eager loss")
             beside = checks.yardstick(problem)
             for backend, table in tables.items():
-                status.update(f"{problem.name}, {dtype}: {backend}")
+                status.update(backend)
                 try:
                     result = checks.check(problem, beside, backend)
                 except Exception as error:  # what a backend may raise is not known
@@ -104,19 +119,22 @@ def _check(device: torch.device, backends: list[str], seed: int) -> bool:
                     table.add_row(problem.name, dtype, *["-"] * 5, "[red]FAILED[/]")
                     continue
                 passed &= result.passed
-                table.add_row(
-                    problem.name,
-                    dtype,
-                    f"{result.loss_error:.2f}",
-                    f"{result.grad_error:.2f}",
-                    f"{result.memory / 1e6:.1f}",
-                    f"{result.memory_ratio:.2f}",
-                    f"{result.time_ratio:.2f}",
-                    "[green]ok[/]" if result.passed else "[red]MISMATCH[/]",
-                )
+                table.add_row(problem.name, dtype, *_cells(result))
     for table in tables.values():
         console.print(table)
     return passed
+
+
+def _cells(result: "Result") -> list[str]:
+    """Of a line of the table, from the errors on."""
+    return [
+        f"{result.loss_error:.2f}",
+        f"{result.grad_error:.2f}",
+        f"{result.memory / 1e6:.1f}",
+        f"{result.memory_ratio:.2f}",
+        f"{result.time_ratio:.2f}",
+        "[green]ok[/]" if result.passed else "[red]MISMATCH[/]",
+    ]
 
 
 def _table(title: str) -> Table:
