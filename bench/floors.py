@@ -95,7 +95,7 @@ def sparse(case: Case) -> Floor:
     return Floor(one + written + entries, 4 * case.rows * case.k * case.hidden)
 
 
-def linear(case: Case, gemms: int, *, teacher: bool = False) -> Floor:
+def linear(case: Case, gemms: float, *, teacher: bool = False) -> Floor:
     """`gemms` products of hidden states and head: the loss (1), grad_hidden (2), grad_weight (3).
 
     Logits need not be moved at all; hidden states and head are read, and each gradient written. A
@@ -103,4 +103,4 @@ def linear(case: Case, gemms: int, *, teacher: bool = False) -> Floor:
     """
     one = (case.rows + case.vocab) * case.hidden * case.itemsize
     flops = 2 * case.rows * case.vocab * case.hidden
-    return Floor(one * (2 + teacher), flops * (gemms + teacher))
+    return Floor(one * (2 + teacher), int(flops * (gemms + teacher)))

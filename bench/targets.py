@@ -53,6 +53,7 @@ OPD, TOPK, FULL = "opd_loss", "topk_loss", "full_loss"
 LINEAR_OPD, LINEAR_TOPK, LINEAR_FULL = "linear_opd_loss", "linear_topk_loss", "linear_full_loss"
 TRAIN, FORWARD, LSM = "forward and backward", "forward, with entropy", "LSM"
 GIVEN = "LSM, log-probs given"
+SAMPLED = "LSM, drift at every 8th"
 INSTALLED = "as installed"  # of the suite host: the backend that a user gets
 TINY_ROWS, TINY_WORDS, TINY_HIDDEN, TINY_K = 64, 1000, 64, 8
 
@@ -84,6 +85,9 @@ _LINEAR_LSM = Target(
 _GIVEN = _LINEAR_LSM._replace(
     work="linear, LSM, log-probs given", what=GIVEN, time=0.06, memory=None, call=0.07
 )  # fmt: skip
+_EIGHTH = _LINEAR_LSM._replace(
+    work="linear, LSM, drift at every 8th position", what=SAMPLED, time=0.11, call=0.12
+)  # fmt: skip
 _SHORT = dict(vocab=32_000, time=1.1, memory=None, call=None)
 GPU = (
     _ENTROPY,
@@ -104,6 +108,7 @@ GPU = (
     ),
     _LINEAR_LSM,  # the next has the same inputs, which are drawn once
     _GIVEN,
+    _EIGHTH,
     _LINEAR_LSM._replace(work="linear, LSM, lists by a Zipf law", kind="zipf"),
     _GIVEN._replace(work="the same, log-probs given", kind="zipf"),
     _ENTROPY._replace(**_SHORT),
@@ -135,6 +140,7 @@ CPU = (
     Target("logits, LSM, K = 64", TOPK, LSM, 1024, 0, 64, OURS, 0.12, 0.2),
     _CPU_LINEAR_LSM,
     _CPU_LINEAR_LSM._replace(work="the same, log-probs given", what=GIVEN, time=0.08),
+    _CPU_LINEAR_LSM._replace(work="the same, drift at every 8th", what=SAMPLED, time=0.13),
     _CPU_LINEAR_LSM._replace(time=0.6, dtype="float32"),
     Target("linear, sampled-token, H = 1024", LINEAR_OPD, TRAIN, 1024, 1024, 0, OURS, 1.0, 0.15),
     _CPU_WHOLE,

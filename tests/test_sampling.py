@@ -15,6 +15,8 @@ from drift_gate import DriftGate, gate_weights
 from drift_gate.call.weighing import most_measured
 from drift_gate.fuzz.local_ranks import run_ranks
 from drift_gate.head import chunk_losses
+from drift_gate.losses import topk
+from drift_gate.parallel import words
 from drift_gate.passes import torch as plain
 from drift_gate.passes.rules import GateRule, RowData
 
@@ -155,8 +157,15 @@ def test_nor_does_one_where_log_probs_are_given(products):
 
 
 @EACH_FUSED
-def test_logits_of_other_words_are_not_read(backend):
+def test_logits_of_other_words_are_not_read(backend, monkeypatch):
     """Of rows that are not measured: the loss is a function of the list there."""
+    scanned = []
+
+    def counted(run, logits, ids, valid, *rest):
+        scanned.append(int(valid.sum()))
+        return words.scan(run, logits, ids, valid, *rest)
+
+    monkeypatch.setattr(topk, "scan", counted)
     problem = draw(*SHAPE, 50)
     log_q, ids = torch.randn(*SHAPE, 50).log_softmax(-1).topk(5)
     gate = DriftGate(sample_every=8)
@@ -172,6 +181,7 @@ def test_logits_of_other_words_are_not_read(backend):
     others = torch.ones_like(problem.logits, dtype=torch.bool).scatter(-1, ids, False)
     blind, same = run(problem.logits.masked_fill(others & whole.drift.isnan()[..., None], NAN))
     assert torch.equal(whole.loss, blind.loss) and torch.equal(grad, same)
+    assert scanned == [18, 18]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "striped"])

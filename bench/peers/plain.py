@@ -42,12 +42,24 @@ class Rows:
         ratio = (now - self.old).exp()
         return -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
 
-    def gated(self, now: Tensor, losses: Tensor) -> Tensor:
-        """Token mean of position losses under the gate that the labels' log-probs give."""
+    def gated(self, now: Tensor, losses: Tensor, every: int = 1) -> Tensor:
+        """Token mean of position losses under the gate that the labels' log-probs give, those
+        of every `every`-th row of a block."""
         with torch.no_grad():
             drift = self.old - now.to(self.old.dtype)
+            if every > 1:
+                drift = self._block_means(drift, every)
             weights = eager.drift_weights(drift, self.ones, self.blocks)
         return (weights * losses).mean()
+
+    def _block_means(self, drift: Tensor, every: int) -> Tensor:
+        """Each block's mean over every `every`-th of its rows, [N]."""
+        seen = torch.arange(len(drift), device=drift.device) % BLOCK % every == 0
+        counts, sums = (
+            torch.zeros_like(drift).index_add(0, self.blocks, x)
+            for x in (seen.to(drift.dtype), drift * seen)
+        )
+        return (sums / counts.clamp(min=1))[self.blocks]
 
 
 def log_probs(logits: Tensor) -> Tensor:

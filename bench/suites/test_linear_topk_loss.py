@@ -1,7 +1,8 @@
 """`linear_topk_loss`: distillation from the teacher's top K, from hidden states and head.
 
 Works, forward and backward, gated: LSM, one product and a sparse backward; LSM with the current
-log-probs supplied, no product at all; the truncated forward KL that VeOmni computes.
+log-probs supplied, no product at all; LSM whose gate measures the drift at every 8th position, one
+product with those rows; the truncated forward KL that VeOmni computes.
 """
 
 from __future__ import annotations
@@ -20,13 +21,26 @@ from drift_gate.bench.truth import Truth, sampled_or_listed
 from torch import Tensor
 from torch.nn import functional
 
+from drift_gate import DriftGate
+
 LSM, GIVEN, TRUNCATED = "LSM", "LSM, log-probs given", "truncated forward KL"
-OPTIONS = {LSM: {}, GIVEN: {}, TRUNCATED: dict(direction="forward", support="truncated")}
+SAMPLED, EVERY = "LSM, drift at every 8th", 8
+OPTIONS = {
+    LSM: {},
+    GIVEN: {},
+    SAMPLED: dict(gate=DriftGate(sample_every=EVERY)),
+    TRUNCATED: dict(direction="forward", support="truncated"),
+}
 
 
 def position_losses(work: Work, listed: Tensor) -> Tensor:
     loss = plain.truncated_forward if work.case.what == TRUNCATED else plain.lsm
     return loss(listed, work.log_q)
+
+
+def every(work: Work) -> int:
+    """The gate's `sample_every`."""
+    return EVERY if work.case.what == SAMPLED else 1
 
 
 def eager(work: Work):
@@ -35,7 +49,7 @@ def eager(work: Work):
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         table = plain.log_probs(functional.linear(hidden, weight))
         losses = position_losses(work, table.gather(-1, work.ids))
-        return rows.gated(plain.at(table.detach(), work.labels), losses)
+        return rows.gated(plain.at(table.detach(), work.labels), losses, every(work))
 
     return loss
 
@@ -72,20 +86,20 @@ def truths(work: Work) -> dict[str, Truth]:
 
     return {
         "same": sampled_or_listed(
-            work, lambda now, lse, z: rows.gated(now.detach(), losses(lse, z))
+            work, lambda now, lse, z: rows.gated(now.detach(), losses(lse, z), every(work))
         ),
         "no gate": sampled_or_listed(work, lambda now, lse, z: losses(lse, z).mean()),
     }
 
 
 def floor(case: Case) -> floors.Floor:
-    products = {LSM: 1, GIVEN: 0, TRUNCATED: 3}[case.what]
+    products = {LSM: 1, GIVEN: 0, SAMPLED: 1 / EVERY, TRUNCATED: 3}[case.what]
     return floors.linear(case, products) + floors.rows(case) + floors.topk_rows(case)
 
 
 SUITE = Suite(
     "linear_topk_loss",
-    (LSM, GIVEN, TRUNCATED),
+    (LSM, GIVEN, SAMPLED, TRUNCATED),
     lambda on_gpu: head(on_gpu, LSM, k=64),
     draw,
     floor,
