@@ -1,14 +1,10 @@
-"""What `drift-gate fuzz` found, shrunk, stays fixed."""
+"""What `drift-gate fuzz` found in functions of logits and log-probs, shrunk, stays fixed."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
-import torch
+from support.found import CPU, each
 
 from drift_gate.fuzz import run
-from drift_gate.passes.backends import backends_on
 
 # Shrunk cases, by what they once showed.
 FOUND = {
@@ -85,51 +81,6 @@ FOUND = {
         "direction": "jsd",
         "teacher temperature": 1.0,
     },
-    "the effective share of weights whose squares float64 loses": {
-        "function": "linear_topk_loss",
-        "batch": "packed",
-        "sequences": 3,
-        "vocab": 31,
-        "width": 33,
-        "dtype": "float64",
-        "seed": 2953,
-        "softcap": 0.5,
-        "labels": "any",
-        "tau": 30.0,
-        "normalize": "none",
-        "drift": "beyond the clamps",
-        "support": "truncated",
-        "log_probs": True,
-    },
-    # No fault of the backend: results so conditioned that any order of operations rounds them so.
-    "the log-sums of a float64 JSD": {
-        "function": "linear_full_loss",
-        "batch": "padded",
-        "length": 9,
-        "vocab": 127,
-        "dtype": "float64",
-        "logit scale": 0.25,
-        "granularity": "span",
-        "tau": 30.0,
-        "direction": "jsd",
-        "beta": 0.9,
-        "teacher temperature": 3.0,
-        "teacher softcap": 2.0,
-    },
-    "a tail bucket without mass, float64 and a head": {
-        "function": "linear_topk_loss",
-        "batch": "packed",
-        "sequences": 70,
-        "vocab": 2,
-        "width": 1,
-        "dtype": "float64",
-        "seed": 1,
-        "no gate": True,
-        "no old log-probs": True,
-        "no labels": True,
-        "support": "tail",
-        "direction": "forward",
-    },
     "a word listed twice near p = 1, float64": {
         "function": "topk_loss",
         "rows": 33,
@@ -141,71 +92,6 @@ FOUND = {
         "no gate": True,
         "support": "truncated",
         "a word twice": True,
-    },
-    "a word listed twice near p = 1, where eager PyTorch was lucky": {
-        "function": "linear_topk_loss",
-        "batch": "packed",
-        "vocab": 32,
-        "seed": 14,
-        "temperature": 0.7,
-        "bias": True,
-        "logit scale": 3.0,
-        "support": "truncated",
-        "a word twice": True,
-    },
-    "a saturated softcap in float64": {
-        "function": "linear_gather_lse",
-        "batch": "padded",
-        "sequences": 2,
-        "length": 2,
-        "vocab": 128,
-        "dtype": "float64",
-        "seed": 84,
-        "head": 4.0,
-        "temperature": 0.7,
-        "softcap": 0.5,
-        "logit scale": 3.0,
-        "k": 2,
-    },
-    "a tail bucket without mass and a head": {
-        "function": "linear_topk_loss",
-        "batch": "packed",
-        "sequences": 5,
-        "vocab": 9,
-        "width": 33,
-        "seed": 4800,
-        "head": 4.0,
-        "temperature": 0.7,
-        "bias": True,
-        "logit scale": 0.25,
-        "ignored labels": True,
-        "support": "tail",
-        "direction": "forward",
-    },
-    "tau = 30 in float64": {
-        "function": "linear_full_loss",
-        "batch": "packed",
-        "sequences": 5,
-        "length 4": 3,
-        "vocab": 127,
-        "dtype": "float64",
-        "softcap": 5.0,
-        "logit scale": 0.25,
-        "granularity": "token",
-        "tau": 30.0,
-        "drift": "far",
-        "direction": "jsd",
-        "beta": 0.9,
-        "teacher width": 9,
-        "teacher softcap": 2.0,
-    },
-    "a gate that roundings make 0 hides the loss's own": {
-        "function": "linear_full_loss",
-        "batch": "packed",
-        "sequences": 3,
-        "length 1": 3,
-        "length 2": 5,
-        "drift": "1e30",
     },
     "a slope that roundings bring back into the range of float16": {
         "function": "topk_loss",
@@ -224,20 +110,6 @@ FOUND = {
         "vocab": 3,
         "logits": "certain",
         "temperature": 0.7,
-    },
-    "drifts of 1e30 that cancel in one order and not in another": {
-        "function": "linear_opd_loss",
-        "batch": "packed",
-        "sequences": 2,
-        "length 1": 9,
-        "vocab": 63,
-        "width": 1,
-        "seed": 238,
-        "mask": "late",
-        "estimator": "k1",
-        "granularity": "sequence",
-        "tau": 30.0,
-        "drift": "1e30",
     },
     "an infinite loss with a gate that roundings make 0": {
         "function": "full_loss",
@@ -285,91 +157,6 @@ FOUND = {
         "weights as gate": True,
         "negative weights": True,
     },
-    "T of sequences cut over ranks": {
-        "function": "opd_loss",
-        "batch": "padded",
-        "length": 9,
-        "vocab": 3,
-        "reduction": "seq-mean-token-sum-norm",
-        "ranks": 3,
-        "ranks share": "positions",
-    },
-    "an invalid row beside a NaN on another rank": {
-        "function": "topk_loss",
-        "batch": "padded",
-        "sequences": 2,
-        "length": 5,
-        "vocab": 5,
-        "special": "nan",
-        "mask": "some",
-        "ranks": 2,
-    },
-    "a rank whose every drift is infinite": {
-        "function": "topk_loss",
-        "batch": "padded",
-        "sequences": 2,
-        "vocab": 5,
-        "granularity": "token",
-        "drift": "infinite",
-        "ranks": 2,
-        "seed": 2,
-    },
-    "a rank whose every drift is infinite, of a head": {
-        "function": "linear_topk_loss",
-        "batch": "padded",
-        "sequences": 2,
-        "vocab": 5,
-        "granularity": "token",
-        "drift": "infinite",
-        "support": "truncated",
-        "ranks": 2,
-        "seed": 3,
-    },
-    "a micro-batch whose every drift is infinite": {
-        "function": "topk_loss",
-        "batch": "padded",
-        "sequences": 2,
-        "vocab": 5,
-        "granularity": "token",
-        "drift": "infinite",
-        "micro-batches": 2,
-        "seed": 2,
-    },
-    "a mean gate of exp(-1e30), whose digits its logarithm lost": {
-        "function": "gate_weights",
-        "batch": "padded",
-        "sequences": 2,
-        "length": 3,
-        "seed": 1,
-        "granularity": "sequence",
-        "drift": "1e30",
-        "ranks": 2,
-    },
-    "a rank without rows beside a mean gate of exp(-1e30)": {
-        "function": "linear_topk_loss",
-        "batch": "padded",
-        "mask": "some",
-        "drift": "1e30",
-        "ranks": 2,
-    },
-    "gates of sequences cut over ranks, from log-probs that counted padding words": {
-        "function": "linear_full_loss",
-        "batch": "padded",
-        "length": 3,
-        "vocab": 3,
-        "granularity": "token",
-        "normalize": "sequence",
-        "vocab_size": True,
-        "ranks": 3,
-        "ranks share": "positions",
-    },
-    "more sequences than rows, of which most are empty, cut over ranks": {
-        "function": "gate_weights",
-        "batch": "packed",
-        "sequences": 70,
-        "ranks": 2,
-        "ranks share": "positions",
-    },
     "masses of a mixture below 1e-38": {
         "function": "full_loss",
         "vocab": 3,
@@ -380,47 +167,11 @@ FOUND = {
         "direction": "jsd",
         "beta": 0.1,
     },
-    "old log-probs with the very roundings of a head": {
-        "function": "linear_topk_loss",
-        "rows": 33,
-        "vocab": 4,
-        "width": 33,
-        "logit scale": 3.0,
-        "labels": "any",
-        "granularity": "span",
-        "tau": 1e6,
-        "aggregate": "max_abs",
-        "drift": "none",
-    },
-    "span ids of sequences cut over ranks, which float64 merged": {
-        "function": "gate_weights",
-        "batch": "padded",
-        "sequences": 3,
-        "length": 4,
-        "granularity": "span",
-        "span ids": 1 << 62,
-        "ranks": 2,
-        "ranks share": "positions",
-    },
-    "no gate, and sequences cut over ranks": {
-        "function": "linear_topk_loss",
-        "rows": 3,
-        "a weight as head": True,
-        "no gate": True,
-        "ranks": 3,
-    },
     "a row of weight 0 that holds a NaN": {
         "function": "topk_loss",
         "special": "-inf row",
         "granularity": "token",
         "row weights": "some 0",
-    },
-    "a row of weight 0 that holds a NaN, in micro-batches": {
-        "function": "full_loss",
-        "batch": "padded",
-        "special": "-inf row",
-        "row weights": "some 0",
-        "micro-batches": 1,
     },
     "the mass of a teacher's list, divided by a temperature": {
         "function": "topk_loss",
@@ -447,40 +198,6 @@ FOUND = {
         "estimator": "cispo",
         "no gate": True,
     },
-    "a NaN of which the ratio without old log-probs made 1": {
-        "function": "linear_opd_loss",
-        "nan row": True,
-        "weights as gate": True,
-        "no old log-probs": True,
-        "advantages": True,
-    },
-    "a row of weight 0 that holds a NaN, under a softcap": {
-        "function": "linear_topk_loss",
-        "softcap": 5.0,
-        "nan row": True,
-        "row weights": "some 0",
-    },
-    "a row of weight 0 that holds a NaN, under a softcap, dense": {
-        "function": "linear_opd_loss",
-        "rows": 5,
-        "softcap": 5.0,
-        "nan row": True,
-        "row weights": "some 0",
-        "chunk size": 2,
-        "no gate": True,
-        "seed": 4,
-    },
-    "weights of which all are below 0, over several chunks of a head": {
-        "function": "linear_topk_loss",
-        "batch": "packed",
-        "sequences": 70,
-        "vocab": 2,
-        "chunk size": 1,
-        "ignored labels": True,
-        "weights as gate": True,
-        "negative weights": True,
-        "support": "truncated",
-    },
     "the reference made a NaN of the ratio of a block with a word that has no mass": {
         "function": "opd_loss",
         "batch": "packed",
@@ -492,49 +209,9 @@ FOUND = {
         "no gate": True,
         "advantages": True,
     },
-    "token losses of a renormalised list, of a head": {
-        "function": "linear_topk_loss",
-        "vocab": 2,
-        "no gate": True,
-        "upstream": "tokens",
-    },
-    "the reference kept a denominator of inference mode": {
-        "function": "linear_opd_loss",
-        "batch": "padded",
-        "denominator": "a tensor",
-        "no gate": True,
-        "tensors of inference mode": True,
-    },
-    "the reference kept a mask of inference mode": {
-        "function": "linear_full_loss",
-        "batch": "packed",
-        "mask": "all",
-        "no gate": True,
-        "no old log-probs": True,
-        "no labels": True,
-        "tensors of inference mode": True,
-    },
-    "rows left out, of whose gradients 0 became NaN with the units of the chunks": {
-        "function": "linear_opd_loss",
-        "rows": 33,
-        "bias": True,
-        "chunk size": 7,
-        "mask": "late",
-        "block size": 2,
-        "drift": "nan",
-    },
 }
 
 
-CPU = torch.device("cpu")
-EACH = [
-    pytest.param(case, backend, id=f"{name}, {backend}")
-    for name, case in FOUND.items()
-    for backend in backends_on(CPU)
-    if backend == "torch" or case.get("dtype") != "float64"
-]
-
-
-@pytest.mark.parametrize(("case", "backend"), EACH)
-def test_what_was_found_stays_fixed(case: dict[str, Any], backend: str) -> None:
+@each(FOUND)
+def test_what_was_found_stays_fixed(case, backend):
     assert run.replay(case, backend, CPU) is None

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..call.arguments import overlaps
 from ..head import sparse, sums
 from ..outputs import LossOutput
 from ..passes import native
@@ -34,6 +35,11 @@ class Problem(NamedTuple):
     storages: Mapping[str, Tensor]
     valid: Tensor | None
     upstream: str
+    beside: bool
+    """Whether another loss reaches the leaves in the same backward."""
+    refused: bool
+    """Whether `inplace_backward` was drawn beside logits that overlap themselves: the arguments are
+    those without it."""
     machine: dict[str, Any]
     """How the backend is set up: threads, chunks, tiles."""
 
@@ -59,6 +65,11 @@ def build(name: str, pick: Pick, backends: Sequence[str], device: torch.device) 
     student = function.student(choose)
     arguments, valid, storages = function.rest(choose, student)
     upstream = choose("upstream", ("loss", "tokens", "both"))
+    # In a shorter dtype the sum is rounded once more, which is no fault of the loss.
+    beside = bool(student.leaves) and student.dtype.itemsize >= 4 and choose.flag("a loss beside")
+    refused = arguments.get("inplace_backward", False) and overlaps(arguments["logits"])
+    if refused:
+        arguments["inplace_backward"] = False
     memory = {**student.storages, **storages}
     if choose.flag("tensors of inference mode"):
         arguments, memory = of_inference(arguments, memory, student.leaves)
@@ -71,6 +82,8 @@ def build(name: str, pick: Pick, backends: Sequence[str], device: torch.device) 
         memory,
         valid,
         upstream,
+        beside,
+        refused,
         machine,
     )
 
@@ -130,6 +143,8 @@ def run_backend(problem: Problem) -> tuple[Results, bool]:
     """Results of its backend, and whether in place the gradient lies where the logits were."""
     arguments = dict(problem.arguments)
     inplace = arguments.get("inplace_backward", False)
+    if problem.refused:
+        _check_refused(problem)
     given, leaves = tensors(arguments), {}
     for name in problem.leaves:
         leaf = given[name]
@@ -145,11 +160,24 @@ def run_backend(problem: Problem) -> tuple[Results, bool]:
     in_place = True
     if inplace and gradients:
         (name,) = problem.leaves
-        in_place = gradients[f"grad {name}"].data_ptr() == leaves[name].data_ptr()
+        found = gradients[f"grad {name}"]  # with a loss beside, a sum that lies elsewhere
+        in_place = problem.beside or found.data_ptr() == leaves[name].data_ptr()
         margin = _margin_bits(storage, leaves[name])
         original = _margin_bits(problem.storages[name], problem.arguments[name])
         in_place &= torch.equal(margin, original)
     return results | gradients, in_place
+
+
+def _check_refused(problem: Problem) -> None:
+    """Raise AssertionError unless rows that share memory are not to be overwritten."""
+    arguments = problem.arguments | {"inplace_backward": True, "backend": problem.backend}
+    try:
+        problem.function.call(**arguments)
+    except ValueError as error:
+        if str(error).startswith("inplace_backward needs "):
+            return
+        raise
+    raise AssertionError("a gradient would be written over logits that overlap themselves")
 
 
 def _margin_bits(storage: Tensor, view: Tensor) -> Tensor:
@@ -175,7 +203,8 @@ def run_reference(
     given = tensors(problem.arguments)
     if dtype is not None:
         floating = {name: x for name, x in given.items() if x.is_floating_point()}
-        given |= {name: change(name, x.to(dtype)) for name, x in floating.items()}
+        for name, x in floating.items():  # of windows `to` makes columns
+            given[name] = change(name, x.to(dtype, memory_format=torch.contiguous_format))
     leaves = {name: given[name].detach().requires_grad_() for name in problem.leaves}
     arguments = replaced(problem.arguments, given | leaves)
     call = problem.function.reference
@@ -191,8 +220,21 @@ def _forward_backward(
     results, objective = outputs_of(call(**arguments), problem.upstream, problem.choices)
     if objective is None or not objective.requires_grad:
         return results, {}
+    if problem.beside:
+        objective = objective + _loss_beside(problem, leaves)
     gradients = torch.autograd.grad(objective, list(leaves.values()))
     return results, {f"grad {name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def _loss_beside(problem: Problem, leaves: Mapping[str, Tensor]) -> Tensor:
+    """A sum with random weights, none of them in rows that are not valid."""
+    total = torch.zeros((), device=problem.choices.device)
+    for leaf in leaves.values():
+        kept = leaf
+        if problem.valid is not None and leaf.shape[:-1] == problem.valid.shape:
+            kept = leaf[problem.valid.to(leaf.device)]
+        total = total + _weighed(kept, problem.choices)
+    return total
 
 
 def outputs_of(out: Any, upstream: str, choices: Choices) -> tuple[Results, Tensor | None]:

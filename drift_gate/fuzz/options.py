@@ -11,7 +11,7 @@ from ..choices import AGGREGATES, GRANULARITIES, NORMALIZE, REDUCTIONS
 from ..gate import DriftGate
 from ..options import Reduction, as_reduction
 from .choices import Choices
-from .shapes import Shape, draw_shape, draw_vocab, place, spread_rows
+from .shapes import OVERLAPS, Shape, draw_shape, draw_vocab, overlapping, place, spread_rows
 from .values import (
     draw_dtype,
     draw_labels,
@@ -84,7 +84,13 @@ def draw_student(choose: Choices, kinds: tuple[str, ...] = ("flat", "padded", "p
     dtype = draw_dtype(choose, "dtype")
     choose.generator.manual_seed(choose("seed", range(1 << 16)))
     finite = draw_logits(choose, "logits", *shape.lead, vocab).to(dtype).float()
-    logits, storage = place(choose, "logits", draw_specials(choose, "special", finite), dtype)
+    values = draw_specials(choose, "special", finite)
+    overlap = choose("logits overlap", OVERLAPS)
+    if overlap == "no":
+        logits, storage = place(choose, "logits", values, dtype)
+    else:
+        finite = overlapping(overlap, finite)[0].clone()
+        logits, storage = overlapping(overlap, values.to(dtype).to(choose.device))
     temperature = choose("temperature", (1.0, 0.7, 2.0, 0.05, 100.0))
     arguments = {"logits": logits, "temperature": temperature}
     leaves = "logits"

@@ -19,6 +19,7 @@ VOCABS = tuple(
 )
 MOST_WORDS = 1 << 14  # in a problem of several rows, to keep cases cheap
 INTERPRETED_WORDS = 600
+OVERLAPS = ("no", "expanded", "windows")  # of logits
 SENTINEL = math.nan  # in memory between rows
 
 
@@ -89,6 +90,18 @@ def place(choose: Choices, name: str, values: Tensor, dtype: torch.dtype) -> tup
     view = view[..., :vocab]
     view.copy_(values)
     return view, storage
+
+
+def overlapping(kind: str, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [..., V] that share memory, made of these values, and the storage."""
+    *lead, vocab = values.shape
+    rows = values.reshape(-1, vocab)
+    if kind == "expanded":
+        storage = rows[len(rows) // 2].clone() if len(rows) else values.new_zeros(vocab)
+        return storage.expand(*lead, vocab), storage
+    storage = rows.flatten()[: len(rows) + vocab - 1].clone()  # each row begins a word later
+    strides = [math.prod(lead[i + 1 :]) for i in range(len(lead))]
+    return storage.as_strided((*lead, vocab), (*strides, 1)), storage
 
 
 def spread_rows(choose: Choices, x: Tensor, strided: bool) -> Tensor:

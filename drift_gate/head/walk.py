@@ -193,7 +193,7 @@ def _deferred(
             weights = weights * take(rows.row_weights, at)
         _add(work, sums, at, loss.gradient(weights, False))
     done = finish(loss.results)
-    row = used.abs().argmax()
+    row = used.abs().nan_to_num_(0.0).argmax()  # a row that is NaN has no say
     wanted = (done.table[WEIGHT] * done.table[COEFFICIENT]).take(row)  # x[row] would be read
     found = used.take(row)
     factor = torch.where((found == 0) & (wanted == 0), 1, wanted / found)

@@ -15,7 +15,8 @@ class Mutant(NamedTuple):
     interpreted: bool = False  # kernels: the tests run in Triton's interpreter
 
 
-FUZZ = "tests/test_fuzz_found.py tests/test_fuzz.py"
+FOUND = "tests/test_fuzz_found.py tests/test_fuzz_found_heads.py tests/test_fuzz_found_parts.py"
+FUZZ = f"{FOUND} tests/test_fuzz.py"
 GATE = f"tests/test_torch_backend_rows.py tests/test_gate.py {FUZZ}"
 OPD = f"tests/test_torch_backend_rows.py tests/test_opd_loss.py tests/test_reference.py {FUZZ}"
 PASSES = f"tests/test_torch_backend.py tests/test_opd_loss.py tests/test_reference.py {FUZZ} tests/test_ops.py"
@@ -68,6 +69,7 @@ PYTHON = [
     # the fused head
     Mutant("a unit mean for each chunk", WALK, "return weight * relative.to(weight.dtype), factor", "return weight, factor", LINEAR),
     Mutant("sums not moved to other units", WALK, "            sums.multiply(factor)\n", "            pass\n", LINEAR),
+    Mutant("a row that is NaN has the say", WALK, "used.abs().nan_to_num_(0.0)", "used.abs()", FOUND),
     Mutant("units never move", WALK, "far = (log_mean > before + FAR) | (before == -torch.inf)", "far = before == -torch.inf", LINEAR),
     Mutant("sums without the denominator", WALK, "(done.table[WEIGHT] * done.table[COEFFICIENT]).take(row)", "done.table[WEIGHT][row]", LINEAR),
     Mutant("chunks cut blocks", "drift_gate/head/chunks.py", "np.flatnonzero(marks[index] == 2)", "np.flatnonzero(marks[index] > 0)", LINEAR),
