@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call.arguments import overlaps
+from ..call.logits import overlaps
 from ..head import sparse, sums
 from ..outputs import LossOutput
 from ..passes import native
