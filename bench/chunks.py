@@ -1,5 +1,7 @@
 """Time against memory of the fused head, by rows a chunk: `python -m drift_gate.bench.chunks`.
 
+Files of `--out` in bench/results become a table of the README.
+
 `linear_opd_loss`, forward and backward, beside the three bare products with the head in chunks of
 8,192 rows, in the same rounds with pauses between. Memory is the peak of a call on a GPU beyond its
 inputs and the gradients that are returned.
@@ -11,17 +13,21 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 from drift_gate import Head, linear_opd_loss, linear_token_log_probs
 
+from .internals import chunk_rows
 from .measure import environment
 
 PRODUCT_ROWS = 8192
 ROUNDS, WARM = 4, 1
 PAUSE = 0.1  # seconds: clocks drop under load
+BY_ROWS = "rows a chunk"  # marks the files
 
 
 def losses(
@@ -84,7 +90,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=65_536)
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[4096, 2048])
+    parser.add_argument("--sizes", type=int, nargs="*", default=[4096, 2048, 1024])
+    parser.add_argument("--out", type=Path, help="a file for what is printed")
     chosen = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     calls = losses(chosen.rows, chosen.vocab, chosen.width, [None, *chosen.sizes], device)
@@ -99,8 +106,45 @@ def main() -> None:
         }
         for name, (seconds, peak) in found.items()
     }
+    table["default"]["rows"] = chunk_rows(chosen.vocab, device)
     sizes = {name: getattr(chosen, name) for name in ("rows", "vocab", "width")}
-    print(json.dumps({"machine": environment(device), **sizes, "rows a chunk": table}, indent=1))
+    data = {"machine": environment(device), **sizes, BY_ROWS: table}
+    text = json.dumps(data, indent=1)
+    print(text)
+    if chosen.out is not None:
+        chosen.out.write_text(text + "\n")
+
+
+def found_in(folder: Path) -> dict[str, Any] | None:
+    """The newest of the files of `--out` in a folder of results; None without any."""
+    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
+    ours = [data for data in files if isinstance(data, dict) and BY_ROWS in data]
+    return max(ours, key=lambda data: data["machine"]["date"], default=None)
+
+
+def markdown(folder: Path) -> list[str]:
+    """Lines of the table of the README."""
+    data = found_in(folder)
+    if data is None:
+        return []
+    machine, table = data["machine"], dict(data[BY_ROWS])
+    products = table.pop("products")
+    text = [
+        f"Time against memory of `linear_opd_loss`, by rows a chunk (forward and backward, "
+        f"{data['rows']:,} x {data['vocab']:,}, H {data['width']:,}, bfloat16; "
+        f"{machine['device']}, {machine['date']}, commit {machine['commit']}): the bare products "
+        f"take {products['ms']:.4g} ms; memory is that beyond inputs and gradients.",
+        "",
+        "| rows a chunk | ms | over the products | GiB |",
+        "|---|---|---|---|",
+    ]
+    for name, row in table.items():
+        rows = f"{int(name):,}" if name.isdigit() else name
+        if "rows" in row:
+            rows = f"{row['rows']:,} ({name})"
+        extra = "-" if row["extra_gib"] is None else f"{row['extra_gib']:.3g}"
+        text.append(f"| {rows} | {row['ms']:.4g} | {row['over_products']:.3g} | {extra} |")
+    return [*text, ""]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 #     bench/gpu.sh [--dry] [FOLDER]        or OUT=FOLDER bench/gpu.sh; else runs/gpu
 #
 #     gpu.txt        machine, how each part ended, and what it printed
-#     tests.txt      the kernels' tests on the device
 #     sweep.json     tiles, warps and stages of every pass
 #     targets.json   the README's rows: this package, the eager loss, bare products; and the kernels
 #                    of each call, which gpu.txt lists
@@ -12,7 +11,9 @@
 #     logits.json    fused heads that keep float32 logits, beside those that round them
 #     host.json      what a call costs the host
 #     steps.json     training steps of a whole model
+#     chunks.json    time against memory of the fused head, by rows a chunk
 #     peers.json     the README's rows again, with whoever else is installed, in the time left
+#     tuning.tgz     where there would be more than eight files: sweep, chunks and logits
 #
 # In order of importance, by the list of parts below; a part that fails, or runs out of its time,
 # leaves the others alone, and what it had measured is kept. Needs torch, Triton, numpy, pytest,
@@ -28,11 +29,12 @@ cd "$(dirname "$0")/.." || exit 1
 
 # What runs, and what is new and belongs into it: parts in their order; the tests that come first;
 # the suites of which the README has rows; and what of them is this package's or its unit.
-ALL_PARTS='first head targets logits tests host long steps sweep profile chunks peers'
+ALL_PARTS='first head targets logits tests host long steps sweep profile chunks more peers'
 FIRST='compile_on_a_gpu or weights_of_the_caller or pytorch_backend_on_a_gpu or fused_head_waits
   or gather_in_slices or without_support or shorter_gradient or float32_logits
   or (directions_and_supports and truncated)'
 SUITES='linear_topk_loss linear_opd_loss topk_loss opd_loss full_loss'
+MORE='top_k_log_probs linear_top_k_log_probs'  # without rows in the README: gpu.txt alone has them
 OWN='drift_gate or GEMM'
 STEPS='layers or eager or drift_gate'
 
@@ -52,7 +54,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/drift_gate_triton}
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
-LOG=$OUT/gpu.txt
+LOG=$OUT/gpu.txt RESULTS=$OUT
 SECONDS=0
 
 if [ -z "$DRY" ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -62,12 +64,12 @@ if [ -n "$DRY" ]; then
   LIMIT=1200  # a busy machine is no reason to fail
   export CUDA_VISIBLE_DEVICES= DRIFT_GATE_KERNELS=off TORCHDYNAMO_DISABLE=1
   export OMP_NUM_THREADS=1  # tiny work, and threads that wait for one another
-  GRID=dry ROUNDS=1 SUITES='rows topk_loss' WORKERS=0 TINY=--small
+  GRID=dry QUICK=dry ROUNDS=1 SUITES='rows topk_loss' WORKERS=0 TINY=--small
   SHORT='drift_gate' LONG='drift_gate' ALL='not compile' SWEEP=2 HEAD=2 LOGITS='drift_gate'
   LONG_SUITE=rows CHUNKS='--rows 70 --vocab 99 --width 16 --sizes 32'
   echo "dry run: tiny inputs on the CPU; the times mean nothing"
 else
-  GRID=targets ROUNDS=5 WORKERS=8 TINY=
+  GRID=targets QUICK=quick ROUNDS=5 WORKERS=8 TINY=
   SHORT="($OWN) and not 65536 and not logits" LONG="($OWN) and 65536 and not logits"
   LOGITS="($OWN) and 151936 and not 65536" ALL='not 65536 and not logits' SWEEP=38 HEAD=24
   LONG_SUITE=linear_opd_loss CHUNKS=
@@ -104,8 +106,8 @@ bench() {
   for suite in "$@"; do files+=("bench/suites/test_$suite.py"); done
   part "$name" "$limit" "$LOG" "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short \
     "${files[@]}" -k "$chosen" --benchmark-quiet --bench-grid "$grid" --bench-rounds "$ROUNDS" \
-    --bench-tiles "$OUT/sweep.json" --bench-budget $((limit - 15)) --bench-out "$OUT/$name.json"
-  timeout 30 "$PYTHON" -m drift_gate.bench.summary --no-pictures "$OUT/$name.json" 2>&1 |
+    --bench-tiles "$OUT/sweep.json" --bench-budget $((limit - 15)) --bench-out "$RESULTS/$name.json"
+  timeout 30 "$PYTHON" -m drift_gate.bench.summary --no-pictures "$RESULTS/$name.json" 2>&1 |
     tee -a "$LOG"
 }
 
@@ -128,16 +130,16 @@ sys.exit(instruction_set() != "none")' 2>/dev/null; then
 fi
 
 # kernel_tests NAME SECONDS ARGUMENT...: several at a time.
-: >"$OUT/tests.txt"
 workers=()
 [ "$WORKERS" = 0 ] || ! "$PYTHON" -c 'import xdist' 2>/dev/null || workers=(-n "$WORKERS")
 kernel_tests() {
   local name=$1 limit=$2
   shift 2
   case " $PARTS " in *" $name "*) ;; *) return ;; esac
-  part "$name" "$limit" "$OUT/tests.txt" env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -v --tb=short \
+  part "$name" "$limit" "$SCRATCH/$name.txt" env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -v --tb=short \
     -rf -p no:cacheprovider ${workers[@]+"${workers[@]}"} "$@"
-  tail -n 30 "$OUT/tests.txt" | grep -E '^(FAILED|ERROR|=)' | tee -a "$LOG"
+  cat "$SCRATCH/$name.txt" >>"$LOG"
+  tail -n 30 "$SCRATCH/$name.txt" | grep -E '^(FAILED|ERROR|=)'
 }
 
 # shellcheck disable=SC2086  # words
@@ -157,7 +159,9 @@ measure() {
       --seconds "$SWEEP" --out "$OUT/sweep.json" ;;
     profile) part profile 25 "$LOG" "$PYTHON" -m drift_gate.bench.profile_pass \
       --sweep "$OUT/sweep.json" --out "$SCRATCH/profile.txt" ;;
-    chunks) part chunks 30 "$LOG" "$PYTHON" -m drift_gate.bench.chunks $CHUNKS ;;
+    chunks) part chunks 30 "$LOG" "$PYTHON" -m drift_gate.bench.chunks $CHUNKS \
+      --out "$OUT/chunks.json" ;;
+    more) RESULTS=$SCRATCH bench more 30 "$QUICK" "$OWN" $MORE ;;
     peers) bench peers $((LIMIT - SECONDS > 45 ? LIMIT - SECONDS - 30 : 15)) "$GRID" "$ALL" $SUITES ;;
   esac
 }
@@ -169,4 +173,8 @@ for one in $ALL_PARTS; do
   fi
 done
 
+# No more than eight files come back from some machines.
+if [ "$(find "$OUT" -type f | wc -l)" -gt 8 ]; then
+  (cd "$OUT" && tar -czf tuning.tgz --remove-files sweep.json chunks.json logits.json)
+fi
 echo "== after $SECONDS s, in $OUT: $(cd "$OUT" && echo *)" | tee -a "$LOG"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from drift_gate import budget
 from drift_gate.call import gradients
+from drift_gate.head.check import chunk_sizes
 from drift_gate.parallel import words
 from drift_gate.passes import backends, native
 from drift_gate.passes import torch as plain
@@ -65,6 +66,13 @@ def recorded_passes(x: Tensor) -> Iterator[None]:
 def triton_on_cpu() -> AbstractContextManager[None]:
     """Let backend="triton" take CPU tensors."""
     return backends.triton_on_cpu()
+
+
+def chunk_rows(vocab: int, device: torch.device) -> int:
+    """Rows a chunk of a fused head of so many words in bfloat16, unless the caller says."""
+    weight = torch.empty(0, dtype=torch.bfloat16, device=device)
+    rows, _ = chunk_sizes("", None, weight, vocab)
+    return rows
 
 
 def instruction_set() -> str:

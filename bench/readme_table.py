@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import growth, step_report, targets
+from . import chunks, growth, step_report, targets
 from .plots import save
 from .record import Result, read
 
@@ -16,7 +16,12 @@ BEGIN, END = "<!-- figures: make readme-table -->", "<!-- end of figures -->"
 def figures(results: list[Result]) -> str:
     """What stands between the README's marks."""
     return "\n".join(
-        [*targets.tables(results), *growth.markdown(results), *step_report.markdown(results)]
+        [
+            *targets.tables(results),
+            *chunks.markdown(RESULTS),
+            *growth.markdown(results),
+            *step_report.markdown(results),
+        ]
     )
 
 

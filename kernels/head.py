@@ -15,6 +15,9 @@ so one read and one write need no maximum. With s the sums and E 0 at the listed
     grad_hidden = c (E W) + listed entries,  grad_weight = E^T (c h) + listed entries
     with c = alpha / s
 
+On an H200 this saved 0.5 of the 41 ms of `linear_opd_loss` at 8,192 x 151,936 and H = 4096: too
+little for a second way through the head. No loss takes it; its tests hold it to the same budget.
+
 The listed entries are exact, not rounded with E. Where drift is large, E may overflow or lose
 digits: `exp_rows` says in which rows, and their gradients are to be made in two passes.
 

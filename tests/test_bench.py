@@ -173,13 +173,19 @@ def test_a_missing_peer_is_left_out_with_the_reason(tmp_path, monkeypatch, modul
         guard.load(module, name)
 
 
-def test_time_against_memory_of_chunks(monkeypatch, capsys):
+def test_time_against_memory_of_chunks(monkeypatch, capsys, tmp_path):
     from drift_gate.bench import chunks
 
     monkeypatch.setattr(chunks, "PAUSE", 0)
     sizes = "--rows", "40", "--vocab", "70", "--width", "16", "--sizes", "16"
-    monkeypatch.setattr("sys.argv", ["chunks", *sizes])
+    assert chunks.markdown(tmp_path) == []
+    (tmp_path / "device").mkdir()
+    path = tmp_path / "device" / "chunks.json"
+    monkeypatch.setattr("sys.argv", ["chunks", *sizes, "--out", str(path)])
     chunks.main()
     found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(path.read_text())
+    text = chunks.markdown(tmp_path)
+    assert "40 x 70, H 16" in text[0] and "(default)" in text[4] and text[5].startswith("| 16 |")
     assert list(found["rows a chunk"]) == ["products", "default", "16"]
     assert all(row["ms"] > 0 for row in found["rows a chunk"].values())
