@@ -29,7 +29,8 @@ cd "$(dirname "$0")/.." || exit 1
 
 # What runs, and what is new and belongs into it: parts in their order; the tests that come first;
 # the suites of which the README has rows; and what of them is this package's or its unit.
-ALL_PARTS='first head targets logits tests host long steps sweep profile chunks more peers'
+ALL_PARTS='first head ceilings targets logits tests host long steps sweep profile chunks more
+  peers'
 FIRST='compile_on_a_gpu or weights_of_the_caller or pytorch_backend_on_a_gpu or fused_head_waits
   or gather_in_slices or without_support or shorter_gradient or float32_logits
   or (directions_and_supports and truncated)'
@@ -148,6 +149,7 @@ measure() {
     first) kernel_tests first 45 tests/test_gpu.py tests/test_kernels_*.py -k "$(echo $FIRST)" ;;
     head) part head 45 "$LOG" "$PYTHON" -m drift_gate.bench.sweep $TINY --only gather sparse \
       --seconds "$HEAD" --out "$OUT/sweep.json" ;;
+    ceilings) part ceilings 20 "$LOG" "$PYTHON" -m drift_gate.bench.ceilings $TINY ;;
     targets) bench targets 115 "$GRID" "$SHORT" $SUITES ;;
     logits) bench logits 45 "$GRID" "$LOGITS" linear_opd_loss linear_full_loss ;;
     tests) kernel_tests tests 100 tests/test_gpu.py tests/test_bench_device.py tests/test_kernels_*.py ;;

@@ -189,3 +189,14 @@ def test_time_against_memory_of_chunks(monkeypatch, capsys, tmp_path):
     assert "40 x 70, H 16" in text[0] and "(default)" in text[4] and text[5].startswith("| 16 |")
     assert list(found["rows a chunk"]) == ["products", "default", "16"]
     assert all(row["ms"] > 0 for row in found["rows a chunk"].values())
+
+
+def test_ceilings(monkeypatch, capsys):
+    from drift_gate.bench import ceilings
+
+    monkeypatch.setattr("sys.argv", ["ceilings", "--small"])
+    monkeypatch.setattr(ceilings, "LAUNCHES", 1)
+    ceilings.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert any("copy" in line for line in lines) and "grad_weight, 8 rows" in lines[-1]
+    assert all(float(line.split()[0]) > 0 for line in lines[1:5])
