@@ -29,8 +29,7 @@ cd "$(dirname "$0")/.." || exit 1
 
 # What runs, and what is new and belongs into it: parts in their order; the tests that come first;
 # the suites of which the README has rows; and what of them is this package's or its unit.
-ALL_PARTS='first head ceilings targets logits tests host long steps sweep profile chunks more
-  peers'
+ALL_PARTS='first head ceilings targets logits tests host long steps sweep profile chunks more peers'
 FIRST='compile_on_a_gpu or weights_of_the_caller or pytorch_backend_on_a_gpu or fused_head_waits
   or gather_in_slices or without_support or shorter_gradient or float32_logits
   or (directions_and_supports and truncated)'
