@@ -125,6 +125,15 @@ def _finish(work: Work) -> Callable[[ModuleType], object]:
     return lambda module: module.finish(*arguments, *rules)
 
 
+def _finish_spans(work: Work) -> Callable[[ModuleType], object]:
+    """The gate over spans of 30 rows, whose ids no one sorted."""
+    data, gate = _rows(work)
+    spans = torch.arange(work.case.rows, device=work.device) // 30 * 7919 % 1_000_003
+    data, gate = data._replace(spans=spans), gate._replace(granularity="span")
+    rules = PositionRule("ppo", dual=3.0), ReduceRule(1.0, "tokens")
+    return lambda module: module.finish(data, gate, None, None, work.teacher, *rules)
+
+
 def _topk_rows(work: Work) -> Callable[[ModuleType], object]:
     present = torch.ones_like(work.scores, dtype=torch.bool)
     valid = work.old == work.old
@@ -188,6 +197,7 @@ def sweeps(small: bool) -> list[Sweep]:
     """Every pass, at the size that the README quotes."""
     size = (3, 200, "float32") if small else (8192, 151_936, "bfloat16")
     logits, rows = Case("", *size), Case("", 70 if small else 8192, 0, "float32")
+    many = rows if small else rows._replace(rows=65_536)
     short = logits if small else logits._replace(vocab=32_000)
     lanes = {"TILES": _lane_tiles((4, 2, 8, 1), (4, 2, 8))}
     short_lanes = {"TILES": _lane_tiles((2, 4, 1, 8), (4, 2, 8))}
@@ -231,6 +241,8 @@ def sweeps(small: bool) -> list[Sweep]:
         ),
         Sweep("blocks", ("_row_blocks",), blocks, _weigh, floors.rows, rows),
         Sweep("rows", ("_sampled_token",), token, _finish, floors.rows, rows),
+        Sweep("rows", (), {}, _finish, floors.rows, many),  # shares of 65,536 rows of 32,000 words
+        Sweep("rows", (), {}, _finish_spans, floors.rows, many),
         Sweep("topk", ("_topk_rows",), topk, _topk_rows, floors.topk_rows, listed),
         Sweep("gather", (), gathered, _gather, floors.sparse, headed),
         Sweep("sparse", (), weigh, _weigh_words, floors.sparse, headed),

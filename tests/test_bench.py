@@ -83,7 +83,8 @@ def test_sizes_of_the_readme_s_rows():
                 assert (targets.GEMMS in names) == (on_gpu and row.hidden > 0)
         assert load_suite("rows").cases("targets", on_gpu) == []
     assert {i.name for i in load_suite("linear_opd_loss").chosen("growth", False)} == {
-        "eager", targets.COMPILED, "drift_gate",
+        "eager", targets.COMPILED, "drift_gate", "drift_gate, float32 logits",
+        "drift_gate, float32 logits, one chunk",
     }  # fmt: skip
 
 

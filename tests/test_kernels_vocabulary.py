@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import KERNELS
+from drift_gate.kernels import expand as expand_pass
+from drift_gate.kernels import lanes
 from drift_gate.kernels import scan as scan_pass
 from drift_gate.kernels.expand import expand
 from drift_gate.kernels.scan import scan
@@ -285,3 +287,20 @@ def test_offsets_beyond_32_bits(kernels_unchecked):
     view = storage.as_strided((3, 1, 64), (2**30, 64, 1))
     view.copy_(draw_logits(3, 1, 64))
     check(view, ids_for(view, 1))
+
+
+@pytest.mark.parametrize("rows", [64, 128, 256, 512, 1024])
+@pytest.mark.parametrize("vocab", [32_000, 151_936])
+def test_few_rows_are_shared_by_enough_programs(rows, vocab):
+    """What all of them have in flight covers a device's bandwidth times its latency, or is half of
+    all that there is to read."""
+    at_once, needed = 8 * 132, 4 << 20  # an H200: programs of 256 threads; bytes, of a microsecond
+    warps, loads = next(tile[1:] for tile in scan_pass.TILES if vocab <= tile[0])
+    tile = lanes.lanes(vocab, 8, warps, loads)
+    bytes_of_tile = 2 * tile["LOADS"] * tile["LANES"] * tile["VECTOR"]
+    tiles = -(-2 * vocab // bytes_of_tile)
+    programs = rows * scan_pass._splits(rows, tiles, at_once)
+    assert programs * bytes_of_tile >= min(needed, rows * vocab)
+    wide = -(-2 * vocab // expand_pass.TILE_BYTES)
+    share = expand_pass.shares(rows, wide, expand_pass.TILES_PER_PROGRAM, at_once)
+    assert rows * share * expand_pass.TILE_BYTES >= min(needed, rows * vocab)
