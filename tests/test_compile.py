@@ -15,6 +15,7 @@ from drift_gate.kernels import gather, head, lanes, rows, sparse
 from drift_gate.kernels import scan as scan_pass
 from drift_gate.kernels.expand import expand
 from drift_gate.kernels.scan import scan
+from drift_gate.kernels.select import select
 from drift_gate.kernels.topk import topk_rows, topk_support
 from support.compile_check import TARGETS, Report, report
 from support.launches import compile_only
@@ -68,6 +69,20 @@ def test_scan_of_several_ids_split_over_programs(target, monkeypatch):
     for name in ("_scan", "_combine"):
         result = compiled(target, name, lambda: scan(logits, ids, None, 1.0, True))
         assert result.spill_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocab"), [(torch.bfloat16, ALIGNED), (torch.float32, ODD)], ids=str
+)
+def test_select(target, dtype, vocab):
+    """The passes over the row: where words are kept, places among them are counted over barriers."""
+    logits, valid = torch.empty(1, ROWS, vocab, dtype=dtype), torch.ones(ROWS, dtype=torch.bool)
+    with compile_only(target) as launches:
+        select(logits, 64, valid, 1.0)
+    bounds, candidates, exactly, _ = (report(launch.kernel) for launch in launches)
+    assert [x.spill_bytes for x in (bounds, candidates, exactly)] == [0, 0, 0]
+    assert bounds.registers <= 64 and candidates.registers <= 128
+    assert bounds.widest_load >= 128 and candidates.widest_load >= 64
 
 
 @EACH_VOCAB

@@ -11,6 +11,7 @@ import torch
 SMALL: dict[str, dict[str, Any]] = {
     "lanes": {"WARP": 8},
     "scan": {"TILES": ((2**31, 1, 1),)},
+    "select": {"COLUMNS": 64, "WORDS": 32, "CAPACITY": 16},
     "expand": {"TILE_BYTES": 128},
     "divergence": {"NUM_WARPS": 1, "LOADS": 1},
     "divergence_grad": {"TILE_BYTES": 128, "ODD_TILE_BYTES": 64},

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..kernels import measured as measured_kernels
 from ..kernels import rows as row_kernels
+from ..kernels import select as select_kernels
 from ..kernels import topk as topk_kernels
 from ..kernels.divergence import divergence
 from ..kernels.divergence_grad import divergence_grad
@@ -65,7 +66,11 @@ def valid_rows(
 def select(
     logits: Tensor, k: int, valid: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `torch.select`. Invalid rows are read, as the host does not know which they are."""
+    """See `torch.select`. Longer lists than the kernel's are made from all rows, as the host does not
+    know which are valid."""
+    if k <= select_kernels.LONGEST:
+        found: tuple[Tensor, Tensor, Tensor] = select_kernels.select(logits, k, valid, scale)
+        return found
     ids, values = largest(logits, k, None)
     if valid is not None:
         ids.masked_fill_(~valid[:, None], -1)

@@ -39,6 +39,7 @@ NATIVE_TOPK = f"{GUARDS} tests/test_native_topk.py"
 NATIVE_SELECT = f"{GUARDS} tests/test_top_k_log_probs.py"
 SELECT = "tests/test_top_k_log_probs.py"
 K_SCAN = "tests/test_kernels_vocabulary.py"
+K_SELECT = "tests/test_kernels_select.py"
 K_ROWS = "tests/test_kernels_fuzz.py tests/test_kernels_opd.py"
 K_MEASURED = "tests/test_kernels_rows.py -k measured"
 K_TOPK = "tests/test_kernels_fuzz.py tests/test_kernels_topk.py"
@@ -348,6 +349,12 @@ KERNELS = [
     _kernel("invalid rows are read", "scan", "last = tl.where(live, last, first)", "", K_ROWS),
     _kernel("batch stride for rows", "scan", "(row % length) * stride_row", "(row % length) * stride_batch", K_SCAN),
     _kernel("max of an empty lane", "lanes", 'shift = tl.where(new == -float("inf"), 0.0, new)', "shift = new", K_SCAN),
+    _kernel("a bound of the largest alone", "select", "tl.where(tl.sum((key >= raised).to(tl.int32)) >= K,", "tl.where(tl.sum((key >= raised).to(tl.int32)) >= 1,", K_SELECT),
+    _kernel("one of the equal logits left out", "select", "equal + tl.cumsum(same, 0) <= K", "equal + tl.cumsum(same, 0) < K", K_SELECT),
+    _kernel("zeros of both signs apart", "select", "tl.where(x == 0, 0.0, x)", "x", K_SELECT),
+    _kernel("lists from their end", "select", "others[None, :] > number[:, None]", "others[None, :] < number[:, None]", K_SELECT),
+    _kernel("ids from a boundary of 16 bytes", "select", "tile * BLOCK + word - shift, CAPACITY", "tile * BLOCK + word, CAPACITY", K_SELECT),
+    _kernel("invalid rows listed", "select", "for tile in range(tl.where(live, (vocab + shift + BLOCK - 1) // BLOCK, 0)):", "for tile in range((vocab + shift + BLOCK - 1) // BLOCK):", K_SELECT, 1),
     _kernel("scale missing in the gradient", "expand", "tl.where(alpha == 0.0, b, g) * scale", "tl.where(alpha == 0.0, b, g)", K_SCAN),
     _kernel("alpha's sign", "expand", "g = (alpha * scale) * tl.exp2", "g = (-alpha * scale) * tl.exp2", K_SCAN),
     _kernel("target a column late", "expand", "is_target = start + lane == target_column", "is_target = start + lane == target_column + 1", K_SCAN),
