@@ -73,6 +73,9 @@ _SAMPLED = Target(
 )  # fmt: skip
 _LSM = Target("logits, LSM, K = 64, in place", TOPK, LSM, 8192, 0, 64, INPLACE, 1.04, 0.01, 1.08)
 _WHOLE = Target("logits, reverse KL", FULL, "reverse", 8192, 0, 0, OURS, 1.06, None, 1.1)
+_TOP_K = Target(
+    "logits, top K = 64", "top_k_log_probs", "top K", 8192, 0, 64, OURS, 2.2, 0.2, 2.3
+)  # fmt: skip
 _LINEAR = Target(
     "linear, sampled-token, H = 4096", LINEAR_OPD, TRAIN, 8192, 4096, 0, OURS, 1.05, 2.5, 1.06
 )  # fmt: skip
@@ -98,6 +101,7 @@ GPU = (
     _WHOLE,
     _WHOLE._replace(work="logits, forward KL", what="forward"),
     _WHOLE._replace(work="logits, JSD", what="jsd"),
+    _TOP_K,
     _LINEAR,
     _LINEAR._replace(
         work="the same, float32 logits", implementation=WIDE, time=1.15, memory=3.7, call=1.16
@@ -146,6 +150,7 @@ CPU = (
     _CPU_WHOLE,
     _CPU_WHOLE._replace(work="logits, forward KL, all words", what="forward"),
     _CPU_WHOLE._replace(work="logits, JSD, all words", what="jsd"),
+    _TOP_K._replace(rows=1024, time=0.2, memory=0.02, call=None),
     _SMALL,
     _SMALL._replace(work="linear, LSM, K = 32, H = 64", suite=LINEAR_TOPK, what=LSM, k=32),
     tiny("opd_loss", 2.5),

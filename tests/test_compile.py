@@ -75,7 +75,7 @@ def test_scan_of_several_ids_split_over_programs(target, monkeypatch):
     ("dtype", "vocab"), [(torch.bfloat16, ALIGNED), (torch.float32, ODD)], ids=str
 )
 def test_select(target, dtype, vocab):
-    """The passes over the row: where words are kept, places among them are counted over barriers."""
+    """The passes over the row. Where words are kept their places are counted, over barriers."""
     logits, valid = torch.empty(1, ROWS, vocab, dtype=dtype), torch.ones(ROWS, dtype=torch.bool)
     with compile_only(target) as launches:
         select(logits, 64, valid, 1.0)

@@ -66,8 +66,8 @@ def valid_rows(
 def select(
     logits: Tensor, k: int, valid: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `torch.select`. Longer lists than the kernel's are made from all rows, as the host does not
-    know which are valid."""
+    """See `torch.select`. Lists too long for the kernel are made from all rows, valid or not: the
+    host does not know which are."""
     if k <= select_kernels.LONGEST:
         found: tuple[Tensor, Tensor, Tensor] = select_kernels.select(logits, k, valid, scale)
         return found
