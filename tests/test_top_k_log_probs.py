@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -200,6 +201,19 @@ def test_through_a_head(backend, options):
 def reference_log_probs(hidden: Tensor, head: dg.Head, ids: Tensor) -> Tensor:
     z, lse = dg.linear_gather_lse(hidden, head, ids, backend="reference")
     return (z - lse[..., None]).detach()
+
+
+@EACH_FUSED
+def test_float32_logits_of_a_short_head(backend):
+    """Words that bfloat16 logits cannot tell apart are in the order of the product's sums."""
+    short = draw_head("opd", 2, 30).to(torch.bfloat16)
+    head = dataclasses.replace(short.head, logits_dtype=torch.float32)
+    wide = dataclasses.replace(short.head, weight=head.weight.double(), bias=head.bias.double())
+    got = dg.linear_top_k_log_probs(short.hidden, head, 20, backend=backend)
+    truth = dg.linear_top_k_log_probs(short.hidden.double(), wide, 20, backend="reference")
+    rounded = dg.linear_top_k_log_probs(short.hidden, short.head, 20, backend=backend)
+    assert torch.equal(got.ids, truth.ids) and not torch.equal(rounded.ids, truth.ids)
+    torch.testing.assert_close(got.log_probs.double(), truth.log_probs, rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_casts_the_head():
