@@ -6,12 +6,12 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --retrie
 # Two workers of one thread each; idle OpenMP threads must not spin.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n 2 --dist loadgroup
 # Kernels are also compiled under these versions of Triton, beside the pinned one.
-TRITONS := 3.6.0 3.9.0
+TRITONS := 3.5.1 3.6.0 3.9.0
 # Trainers that do not go with the pinned set: each lies beside it, and is tested by itself.
 TRAINERS := ms-swift skyrl
 
 .PHONY: help test test-integrations trainer-memory lint build/house house distill distill-study fuzz sanitize mutants bench bench-cpu bench-growth \
-	readme-table compile-check wheel-check clean
+	readme-table compat compile-check wheel-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1: \2/p' Makefile
@@ -78,6 +78,22 @@ readme-table: .venv/.installed  ## write the README's figures from the committed
 	$(BIN)/python -m drift_gate.bench.distill.study
 
 compile-check: $(TRITONS:%=compile-check-%)  ## compile the kernels under other versions of Triton
+
+# Its own Triton, and of the pinned set what is not torch, Triton or a linter. Releases of torch with
+# CUDA are some gigabytes.
+TORCH ?= 2.14.1
+COMPAT := .venv/torch-$(TORCH)
+compat: $(COMPAT)/.installed  ## run the tests under another release: make compat TORCH=2.11.0
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(COMPAT)/bin/python -m pytest -q -n 2 --dist loadgroup
+
+$(COMPAT)/.installed: requirements-dev.txt pyproject.toml | .venv/.installed
+	$(PYTHON) -m venv $(COMPAT)
+	grep -vE '^(torch|triton|ruff|mypy|import-linter)==' requirements-dev.txt > $(COMPAT)/requirements.txt
+	$(COMPAT)/bin/python -m pip install torch==$(TORCH) -r $(COMPAT)/requirements.txt
+	$(COMPAT)/bin/python -m pip install --no-deps --ignore-requires-python ttsem==0.1.0
+	$(COMPAT)/bin/python -m pip install --no-deps 'verl==0.9.1 ; python_version < "3.13"'
+	$(COMPAT)/bin/python -m pip install --no-deps --no-build-isolation -e .
+	touch $@
 
 wheel-check: .venv/.installed  ## build the wheel from the sdist, and import it from elsewhere
 	rm -rf dist

@@ -15,6 +15,8 @@ from drift_gate.passes.backends import triton_on_cpu
 
 EACH_FUNCTION = pytest.mark.parametrize("name", FUNCTIONS)
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
 
 @pytest.fixture(autouse=True)
 def no_graphs_of_before():
@@ -72,6 +74,7 @@ def test_the_triton_route_is_traced_without_a_gpu(name, backend, monkeypatch):
     assert len(ops) == 1 and "triton" in ops[0].args
 
 
+@pytest.mark.skipif(TORCH < (2, 11), reason="aot_eager takes no fake tensors of a mode around it")
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_backward_of_the_triton_route_is_traced_without_a_gpu(name):
     """By shapes alone: no kernel runs."""

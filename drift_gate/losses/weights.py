@@ -117,7 +117,8 @@ def _check(
 def _output(
     weight: Tensor, drift: Tensor, ids: Tensor, metrics: Tensor, shape: Sequence[int]
 ) -> GateOutput:
-    named = dict(zip(GATE_METRICS, metrics.unbind(), strict=False))
+    measured = metrics.unbind()[: len(GATE_METRICS)]
+    named = dict(zip(GATE_METRICS, measured, strict=True))
     return GateOutput(weight.view(shape), drift.view(shape), ids.view(shape), named)
 
 

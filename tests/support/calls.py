@@ -55,7 +55,8 @@ def step_of(name: str, **options: Any) -> Callable[..., Tensor]:
         if name.startswith("linear_"):
             weight, bias, *others = rest
             if name == "linear_full_loss":
-                others[-1] = dg.Head(others[-1], softcap=6.0)
+                *others, teacher = others
+                others = [*others, dg.Head(teacher, softcap=6.0)]
             result = function(first, dg.Head(weight, bias, softcap=6.0), *others, **options)
         else:
             result = function(first, *rest, **options)
