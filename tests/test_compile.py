@@ -10,6 +10,7 @@ import dataclasses
 
 import pytest
 import torch
+import triton
 from conftest import KERNELS
 from drift_gate.kernels import gather, head, lanes, rows, sparse
 from drift_gate.kernels import scan as scan_pass
@@ -59,7 +60,9 @@ def test_scan(target, dtype, vocab):
     ids, valid = torch.zeros(ROWS, 1, dtype=torch.int64), torch.ones(ROWS, dtype=torch.bool)
     result = compiled(target, "_scan", lambda: scan(logits, ids, valid, 1.0, True))
     # 128 registers leave 16 warps a multiprocessor, each with 4 loads of 16 bytes a thread.
-    assert_streams(result, 128 if vocab == ODD else 64)
+    # Triton 3.5 takes 68 on AMD, which leave 7 waves a SIMD in the place of 8.
+    few = 72 if target.startswith("gfx") and triton.__version__.startswith("3.5.") else 64
+    assert_streams(result, 128 if vocab == ODD else few)
 
 
 def test_scan_of_several_ids_split_over_programs(target, monkeypatch):

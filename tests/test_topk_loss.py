@@ -223,9 +223,9 @@ def test_without_labels_only_the_listed_entries_are_read():
 
 
 def test_inplace_backward_and_compile():
-    torch._dynamo.reset()
     problem = draw_topk(2, 20, 50, k=4, masked=0.2)
     for support in SUPPORTS:
+        torch._dynamo.reset()  # torch 2.9 takes one step for the other
         _, expected = loss_and_grad(problem, support=support)
 
         def step(leaf, inplace, support=support):
