@@ -86,7 +86,9 @@ def weigh(data: RowData, gate: GateRule, given: Tensor | None = None) -> Weights
     outputs = weight.data_ptr(), drift.data_ptr(), 0, 0, 0, first.data_ptr(), 0
     ends = metrics.data_ptr(), totals.data_ptr()
     rules = _rules(gate, GIVEN, NO_REDUCTION)
-    _finish(sampled(data, gate, measured_rows), given, None, None, (*outputs, *ends), rules)
+    if gate.sample_every > 1:
+        data = sampled(data, gate, measured_rows)
+    _finish(data, given, None, None, (*outputs, *ends), rules)
     return Weights(weight, drift, first, metrics, totals)
 
 
@@ -107,7 +109,9 @@ def finish(
     weight, row = table.data_ptr(), 4 * n  # bytes
     outputs = weight, weight + 4 * row, weight + row, weight + 2 * row, weight + 3 * row
     ends = first.data_ptr(), loss.data_ptr(), metrics.data_ptr(), totals.data_ptr()
-    rules, data = _rules(gate, position, reduce), sampled(data, gate, measured_rows)
+    rules = _rules(gate, position, reduce)
+    if gate.sample_every > 1:
+        data = sampled(data, gate, measured_rows)
     _finish(data, given, row_weights, target, (*outputs, *ends), rules)
     return Finished(loss, table, first, metrics, totals)
 

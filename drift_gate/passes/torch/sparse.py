@@ -12,7 +12,6 @@ from torch.nn.functional import embedding_bag
 from .vocabulary import accumulator, bad_ids, words_at_once
 
 
-@torch.no_grad()
 def head_gather(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
@@ -40,7 +39,6 @@ def head_gather(
     return out.masked_fill_(unread, 0).masked_fill_(bad, torch.nan)
 
 
-@torch.no_grad()
 def weigh_words(
     weight: Tensor,  # [V, H]
     ids: Tensor,  # [N, K]; outside [0, V): no word
@@ -52,7 +50,6 @@ def weigh_words(
     return embedding_bag(ids.masked_fill(none, 0), weight, per_sample_weights=slope, mode="sum")
 
 
-@torch.no_grad()
 def sum_words(
     hidden: Tensor,  # [N, H]
     slope: Tensor,  # [N, K]
@@ -66,7 +63,6 @@ def sum_words(
     return bags[:-1]  # the last holds the entries without a word
 
 
-@torch.no_grad()
 def by_word(ids: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     """Entries of ids [N, K] sorted by word: where each word's start [V + 1], and their order [N K].
 
