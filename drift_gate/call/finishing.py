@@ -2,12 +2,14 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..outputs import LossOutput, Metrics
 from ..parallel.scope import rescaled, totals
 from ..passes.rules import DRIFT, METRICS, TOKEN_LOSS, WEIGHT
-from .rows import Call
+from .rows import Call, RowInputs
+from .weighing import empty_finished
 
 
 class Outcome(NamedTuple):
@@ -20,6 +22,15 @@ class Outcome(NamedTuple):
     valid: Tensor  # [N]
     log_probs: Tensor  # [N]
     entropy: Tensor  # [N], or [0] where it was not asked for
+
+
+def empty_outcome(rows: RowInputs, like: Tensor, entropy: bool) -> Outcome:
+    """The same, empty; row data are as `like`."""
+    n = rows.n_rows
+    return Outcome(
+        *empty_finished(rows, like), like.new_empty(n, dtype=torch.bool), like.new_empty(n),
+        like.new_empty(n if entropy else 0),
+    )  # fmt: skip
 
 
 def complete(call: Call, found: Outcome, with_entropy: bool, *dropped: str) -> LossOutput:

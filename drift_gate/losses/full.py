@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ..call import arguments, gradients, recording
-from ..call.finishing import Outcome, complete
+from ..call.finishing import Outcome, complete, empty_outcome
 from ..call.lists import check_beta
 from ..call.logits import as_batch, logits_like, of_logits
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
-from ..call.weighing import empty_finished, finish, valid_rows
+from ..call.weighing import finish, valid_rows
 from ..choices import FULL_DIRECTIONS, FullDirection
 from ..gate import DriftGate
 from ..options import Parallel, Reduction, refuse
@@ -19,6 +19,7 @@ from ..outputs import LossOutput
 from ..parallel.agreement import meeting
 from ..passes.backends import passes_of, resolve
 from ..passes.rules import COEFFICIENT, GIVEN, SLOPE, TOKEN_LOSS, limit_of
+from .by_reference import by_reference
 
 
 def full_loss(
@@ -119,32 +120,15 @@ def full_loss(
                 entropy=return_entropy,
             )
     if chosen == "reference":
-        from .. import reference
-
-        return reference.full_loss(
-            logits, labels, old_log_probs, teacher_logits, direction=direction, beta=beta,
-            teacher_temperature=teacher_temperature, vocab_size=vocab_size, gate=gate,
-            row_weights=row_weights, response_mask=response_mask, cu_seqlens=cu_seqlens,
-            span_ids=span_ids, temperature=temperature, ignore_index=ignore_index,
-            reduction=reduction, return_entropy=return_entropy,
-        )  # fmt: skip
+        return by_reference(full_loss, locals())
     teacher = teacher_logits if vocab_size is None else teacher_logits[..., :vocab]
-    loss, table, metrics, totals, valid, now, entropy, _ = FULL(
-        Inputs(
-            batch,
-            as_batch(teacher.detach()),
-            call.labels,
-            call.rows,
-            limit_of(direction, beta, FULL_DIRECTIONS),
-            float(beta),
-            1 / float(temperature),
-            1 / float(teacher_temperature),
-            return_entropy,
-            inplace_backward,
-            chosen,
-        )
-    )
-    found = Outcome(loss, table, metrics, totals, valid, now, entropy)
+    x = Inputs(
+        batch, as_batch(teacher.detach()), call.labels, call.rows,
+        limit_of(direction, beta, FULL_DIRECTIONS), float(beta), 1 / float(temperature),
+        1 / float(teacher_temperature), return_entropy, inplace_backward, chosen,
+    )  # fmt: skip
+    outputs = FULL(x)
+    found = Outcome(*outputs[:7])
     if recording.active is not None and not torch.compiler.is_compiling():
         recording.active.note(full_loss, locals())
     return complete(call, found, return_entropy, "floored", "pg_clipfrac")
@@ -257,13 +241,8 @@ def row_gradient_of(table: Tensor, of_loss: Tensor | None, of_token: Tensor | No
 
 
 def _empty(x: Inputs) -> Tensors:
-    n = x.rows.n_rows
-    dtype = torch.promote_types(x.logits.dtype, torch.float32)
-    like = x.logits.new_empty(0, dtype=dtype)
-    return (
-        *empty_finished(x.rows, like), like.new_empty(n, dtype=torch.bool), like.new_empty(n),
-        like.new_empty(n if x.entropy else 0), like.new_empty(5, n),
-    )  # fmt: skip
+    like = x.logits.new_empty(0, dtype=torch.promote_types(x.logits.dtype, torch.float32))
+    return (*empty_outcome(x.rows, like, x.entropy), like.new_empty(5, x.rows.n_rows))
 
 
 FULL = Op(
@@ -272,9 +251,7 @@ FULL = Op(
     _forward,
     _backward,
     _empty,
-    outputs=(
-        "loss", "table", "metrics", "totals", "valid", "log_probs", "entropy", "statistics",
-    ),
+    outputs=(*Outcome._fields, "statistics",),
     grads=2,
     differentiable=("logits",),
     keep=("logits", "teacher", "table", "valid", "statistics"),

@@ -1,12 +1,13 @@
 """What the `linear_` losses share: which gradients are needed, and how they are handed out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..call.gradients import overwritten, row_gradient
+from ..call.op import Op, Tensors
 from ..call.rows import RowInputs
 from ..head.check import HeadInputs
 from ..head.sums import Needs, finish_sums, plan
@@ -79,6 +80,20 @@ def hand_out_kept(
 ) -> list[Tensor | None]:
     """The backward of an op whose last outputs are the sums and their factor."""
     return hand_out(x, outputs[-5:-1], outputs[-1], grads[0], needs)
+
+
+def handing_op(
+    name: str,
+    inputs: type[Any],
+    forward: Callable[[Any], Tensors],
+    empty: Callable[[Any], Tensors],
+    outputs: Sequence[str],
+) -> Op:
+    """An op whose forward forms the gradients: after its outputs come the sums and their factor."""
+    return Op(
+        name, inputs, forward, hand_out_kept, empty, outputs=(*outputs, *SUMS, "factor"), grads=1,
+        differentiable=LEAVES, keep=(*SUMS, "factor"), hands_out=(SUMS[0], SUMS[1], SUMS[3]),
+    )  # fmt: skip
 
 
 def sum_over_shards(

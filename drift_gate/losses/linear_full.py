@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ..call import arguments, recording
-from ..call.finishing import Outcome, complete
+from ..call.finishing import Outcome, complete, empty_outcome
 from ..call.lists import check_beta
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, Student, take_rows
-from ..call.weighing import empty_finished, finish, valid_rows
+from ..call.weighing import finish, valid_rows
 from ..choices import FULL_DIRECTIONS, FullDirection
 from ..gate import DriftGate
 from ..head.check import HeadInputs, HeadRule, head_facts, take_head
@@ -23,13 +23,14 @@ from ..parallel.agreement import meeting
 from ..parallel.words import Shard, whole
 from ..passes.backends import passes_of, resolve
 from ..passes.rules import GIVEN, limit_of
+from .by_reference import by_reference
 from .full import no_shards, shared_words
 from .handing import (
     LEAVES,
     SUMS,
     empty_sums,
     hand_out,
-    hand_out_kept,
+    handing_op,
     head_inputs,
     needs_of,
     no_row_is_left_out,
@@ -120,40 +121,16 @@ def linear_full_loss(
                 **head_facts("teacher_head", teacher_head, theirs.rule),
             )
     if chosen == "reference":
-        from .. import reference
-
-        return reference.linear_full_loss(
-            hidden_states, head, labels, old_log_probs, teacher_hidden_states, teacher_head,
-            direction=direction, beta=beta, teacher_temperature=teacher_temperature,
-            vocab_size=vocab_size, gate=gate, row_weights=row_weights,
-            response_mask=response_mask, cu_seqlens=cu_seqlens, span_ids=span_ids,
-            temperature=temperature, ignore_index=ignore_index, reduction=reduction,
-            return_entropy=return_entropy,
-        )  # fmt: skip
+        return by_reference(linear_full_loss, locals())
     op = LINEAR_FULL_TOKENS if call.rows.per_token else LINEAR_FULL
     hidden, weight, bias, rule, words = inputs
-    loss, table, metrics, totals, valid, now, entropy, *_ = op(
-        Inputs(
-            hidden,
-            weight,
-            bias,
-            call.labels,
-            theirs.hidden,
-            theirs.weight,
-            theirs.bias,
-            theirs.rule,
-            call.rows,
-            limit_of(direction, beta, FULL_DIRECTIONS),
-            float(beta),
-            student.vocab,
-            rule,
-            words,
-            return_entropy,
-            needs,
-            chosen,
-        )
-    )
-    found = Outcome(loss, table, metrics, totals, valid, now, entropy)
+    x = Inputs(
+        hidden, weight, bias, call.labels, theirs.hidden, theirs.weight, theirs.bias, theirs.rule,
+        call.rows, limit_of(direction, beta, FULL_DIRECTIONS), float(beta), student.vocab, rule,
+        words, return_entropy, needs, chosen,
+    )  # fmt: skip
+    outputs = op(x)
+    found = Outcome(*outputs[:7])
     if recording.active is not None and not torch.compiler.is_compiling():
         recording.active.note(linear_full_loss, locals())
     return complete(call, found, return_entropy, "floored", "pg_clipfrac")
@@ -251,36 +228,17 @@ def _anew(
 
 def _empty(x: Inputs) -> Tensors:
     like = x.hidden.new_empty(0, dtype=torch.promote_types(x.hidden.dtype, torch.float32))
-    n = x.rows.n_rows
-    return (
-        *empty_finished(x.rows, like), like.new_empty(n, dtype=torch.bool), like.new_empty(n),
-        like.new_empty(n if x.entropy else 0),
-        *empty_sums(x), like.new_empty(()),
-    )  # fmt: skip
+    return (*empty_outcome(x.rows, like, x.entropy), *empty_sums(x), like.new_empty(()))
 
 
-OUTPUTS = (
-    "loss", "table", "metrics", "totals", "valid", "log_probs", "entropy", *SUMS, "factor",
-)  # fmt: skip
-LINEAR_FULL = Op(
-    "linear_full",
-    Inputs,
-    _forward,
-    hand_out_kept,
-    _empty,
-    outputs=OUTPUTS,
-    grads=1,
-    differentiable=LEAVES,
-    keep=(*SUMS, "factor"),
-    hands_out=(SUMS[0], SUMS[1], SUMS[3]),
-)
+LINEAR_FULL = handing_op("linear_full", Inputs, _forward, _empty, Outcome._fields)
 LINEAR_FULL_TOKENS = Op(
     "linear_full_tokens",
     Inputs,
     _forward,
     _anew,
     _empty,
-    outputs=OUTPUTS,
+    outputs=(*Outcome._fields, *SUMS, "factor"),
     grads=2,
     differentiable=LEAVES,
     keep=(

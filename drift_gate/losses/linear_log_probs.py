@@ -18,6 +18,7 @@ from ..parallel.agreement import meeting
 from ..parallel.words import Shard
 from ..passes.backends import passes_of
 from . import log_probs
+from .by_reference import by_reference
 from .handing import LEAVES, hand_out, head_inputs, sum_over_shards
 
 
@@ -85,12 +86,7 @@ def linear_token_log_probs(
                 **head_facts("head", head, inputs.rule),
             )
     if chosen == "reference":
-        from .. import reference
-
-        return reference.linear_token_log_probs(
-            hidden_states, head, labels, temperature=temperature, ignore_index=ignore_index,
-            return_entropy=return_entropy,
-        )  # fmt: skip
+        return by_reference(linear_token_log_probs, locals())
     ignored = NEVER if ignore_index is None else ignore_index
     found, entropy, *_ = LINEAR_LOG_PROBS(
         LogProbs(*inputs[:3], labels, ignored, inputs.rule, inputs.shard, return_entropy, chosen)
@@ -202,9 +198,7 @@ def linear_gather_lse(
         if ranks.any:
             ranks.tell(ids.shape, temperature=temperature, **head_facts("head", head, inputs.rule))
     if chosen == "reference":
-        from .. import reference
-
-        return reference.linear_gather_lse(hidden_states, head, ids, temperature=temperature)
+        return by_reference(linear_gather_lse, locals())
     z, lse, *_ = LINEAR_GATHER_LSE(
         Listed(*inputs[:3], ids.contiguous(), inputs.rule, inputs.shard, chosen)
     )

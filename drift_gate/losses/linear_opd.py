@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ..call import arguments, recording
-from ..call.finishing import Outcome, complete
+from ..call.finishing import Outcome, complete, empty_outcome
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
 from ..call.sampled import check_cut, position_of, target_of
-from ..call.weighing import empty_finished, finish, valid_rows
+from ..call.weighing import finish, valid_rows
 from ..choices import Advantage
 from ..gate import DriftGate
 from ..head.check import HeadRule, head_facts, local_head, take_head
@@ -23,12 +23,13 @@ from ..parallel.agreement import meeting
 from ..parallel.words import Shard
 from ..passes.backends import passes_of
 from ..passes.rules import PositionRule
+from .by_reference import by_reference
 from .handing import (
     LEAVES,
     SUMS,
     empty_sums,
     hand_out,
-    hand_out_kept,
+    handing_op,
     needs_of,
     no_row_is_left_out,
     upstream_of,
@@ -121,36 +122,16 @@ def linear_opd_loss(
                 **head_facts("head", head, inputs.rule),
             )
     if chosen == "reference":
-        from .. import reference
-
-        return reference.linear_opd_loss(
-            hidden_states, head, labels, old_log_probs, teacher_log_probs, gate=gate,
-            estimator=estimator, clip=clip, advantages=advantages, advantage=advantage,
-            ratio=ratio, teacher_log_prob_min=teacher_log_prob_min, row_weights=row_weights,
-            response_mask=response_mask, cu_seqlens=cu_seqlens, span_ids=span_ids,
-            temperature=temperature, ignore_index=ignore_index, reduction=reduction,
-            return_entropy=return_entropy,
-        )  # fmt: skip
+        return by_reference(linear_opd_loss, locals())
     assert call.labels is not None
     op = LINEAR_OPD_TOKENS if call.rows.per_token else LINEAR_OPD
     hidden, weight, bias, rule, words = inputs
-    loss, table, metrics, totals, valid, log_probs, entropy, *_ = op(
-        Inputs(
-            hidden,
-            weight,
-            bias,
-            call.labels,
-            target,
-            call.rows,
-            position,
-            rule,
-            words,
-            return_entropy,
-            needs,
-            chosen,
-        )
-    )
-    found = Outcome(loss, table, metrics, totals, valid, log_probs, entropy)
+    x = Inputs(
+        hidden, weight, bias, call.labels, target, call.rows, position, rule, words,
+        return_entropy, needs, chosen,
+    )  # fmt: skip
+    outputs = op(x)
+    found = Outcome(*outputs[:7])
     if recording.active is not None and not torch.compiler.is_compiling():
         recording.active.note(linear_opd_loss, locals())
     floored = () if teacher_log_prob_min is not None else ("floored",)
@@ -210,35 +191,18 @@ def _anew(
 
 def _empty(x: Inputs) -> Tensors:
     like = x.target.new_empty(0)
-    n = x.rows.n_rows
-    return (
-        *empty_finished(x.rows, like), like.new_empty(n, dtype=torch.bool), like.new_empty(n),
-        like.new_empty(n if x.entropy else 0), *empty_sums(x, _per_unit(x)), like.new_empty(()),
-    )  # fmt: skip
+    found = empty_outcome(x.rows, like, x.entropy)
+    return (*found, *empty_sums(x, _per_unit(x)), like.new_empty(()))
 
 
-OUTPUTS = (
-    "loss", "table", "metrics", "totals", "valid", "log_probs", "entropy", *SUMS, "factor",
-)  # fmt: skip
-LINEAR_OPD = Op(
-    "linear_opd",
-    Inputs,
-    _forward,
-    hand_out_kept,
-    _empty,
-    outputs=OUTPUTS,
-    grads=1,
-    differentiable=LEAVES,
-    keep=(*SUMS, "factor"),
-    hands_out=(SUMS[0], SUMS[1], SUMS[3]),
-)
+LINEAR_OPD = handing_op("linear_opd", Inputs, _forward, _empty, Outcome._fields)
 LINEAR_OPD_TOKENS = Op(
     "linear_opd_tokens",
     Inputs,
     _forward,
     _anew,
     _empty,
-    outputs=OUTPUTS,
+    outputs=(*Outcome._fields, *SUMS, "factor"),
     grads=2,
     differentiable=LEAVES,
     keep=(*LEAVES, "labels", "table", "valid"),

@@ -12,6 +12,7 @@ from ..outputs import TopKOutput
 from ..parallel.agreement import meeting
 from ..parallel.words import Shard, likeliest
 from ..passes.backends import passes_of
+from .by_reference import by_reference
 from .handing import head_inputs
 from .top_k_log_probs import empty_lists, take_rows, valid_of
 
@@ -54,11 +55,7 @@ def linear_top_k_log_probs(
             facts = head_facts("head", head, inputs.rule)
             ranks.tell(student.shape, temperature=temperature, k=k, **facts)
     if chosen == "reference":
-        from .. import reference
-
-        return reference.linear_top_k_log_probs(
-            hidden_states, head, k, temperature=temperature, response_mask=response_mask
-        )
+        return by_reference(linear_top_k_log_probs, locals())
     bias = None if inputs.bias is None else inputs.bias.detach()
     weights = inputs.hidden.detach(), inputs.weight.detach(), bias
     ids, log_probs = LINEAR_TOP_K(Listing(*weights, mask, k, inputs.rule, inputs.shard, chosen))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..call import arguments, recording
-from ..call.finishing import Outcome, complete
+from ..call.finishing import Outcome, complete, empty_outcome
 from ..call.lists import (
     Kind,
     Lists,
@@ -19,14 +19,7 @@ from ..call.lists import (
 )
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, Student, take_rows
-from ..call.weighing import (
-    empty_finished,
-    finish,
-    is_sampled,
-    measured_rows,
-    most_measured,
-    valid_rows,
-)
+from ..call.weighing import finish, is_sampled, measured_rows, most_measured, valid_rows
 from ..choices import Direction, Support
 from ..gate import DriftGate
 from ..head import sparse
@@ -41,12 +34,13 @@ from ..parallel.agreement import meeting
 from ..parallel.words import Shard
 from ..passes.backends import passes_of
 from ..passes.rules import GIVEN, TOKENS, Finished
+from .by_reference import by_reference
 from .handing import (
     LEAVES,
     SUMS,
     empty_sums,
     hand_out,
-    hand_out_kept,
+    handing_op,
     head_inputs,
     needs_of,
     no_row_is_left_out,
@@ -144,45 +138,24 @@ def linear_topk_loss(
             )
             check_lists(ranks, call, lists)
     if chosen == "reference":
-        from .. import reference
-
         if ignore_unknown_ids:
             teacher_topk_ids = torch.where(teacher_topk_ids < student.vocab, teacher_topk_ids, -1)
-        return reference.linear_topk_loss(
-            hidden_states, head, labels, old_log_probs, teacher_topk_ids, teacher_topk_log_probs,
-            log_probs=log_probs, direction=direction, support=support, beta=beta,
-            teacher_temperature=teacher_temperature, log_prob_floor=log_prob_floor, gate=gate,
-            row_weights=row_weights, response_mask=response_mask, cu_seqlens=cu_seqlens,
-            span_ids=span_ids, temperature=temperature, ignore_index=ignore_index,
-            reduction=reduction, return_entropy=return_entropy,
-        )  # fmt: skip
+        return by_reference(linear_topk_loss, locals())
     op = LINEAR_TOPK_SPARSE
     if support != "renormalized":
         op = LINEAR_TOPK_TOKENS if call.rows.per_token else LINEAR_TOPK
     hidden, weight, bias, rule, words = inputs
-    loss, table, metrics, totals, valid, now, entropy, sizes, *_ = op(
-        Inputs(
-            hidden,
-            weight,
-            bias,
-            call.labels,
-            known,
-            lists,
-            call.rows,
-            kind,
-            rule,
-            words,
-            return_entropy,
-            needs,
-            chosen,
-        )
-    )
-    found = Outcome(loss, table, metrics, totals, valid, now, entropy)
+    x = Inputs(
+        hidden, weight, bias, call.labels, known, lists, call.rows, kind, rule, words,
+        return_entropy, needs, chosen,
+    )  # fmt: skip
+    outputs = op(x)
+    found = Outcome(*outputs[:7])
     if recording.active is not None and not torch.compiler.is_compiling():
         recording.active.note(linear_topk_loss, locals())
     output = complete(call, found, return_entropy, "floored", "pg_clipfrac")
     scanned = (labels is not None and known is None) or op is not LINEAR_TOPK_SPARSE
-    return with_masses(output, sizes, scanned or return_entropy)
+    return with_masses(output, outputs[7], scanned or return_entropy)
 
 
 def _known(student: Student, labels: Tensor | None, log_probs: Tensor | None) -> Tensor | None:
@@ -341,13 +314,8 @@ def _forward_tokens(x: Inputs) -> Tensors:
 
 
 def _empty_common(x: Inputs) -> Tensors:
-    teacher = x.lists.teacher
-    n = x.rows.n_rows
-    return (
-        *empty_finished(x.rows, teacher), teacher.new_empty(n, dtype=torch.bool),
-        teacher.new_empty(n), teacher.new_empty(n if x.entropy else 0),
-        empty_masses(x), torch.empty_like(x.lists.ids),
-    )  # fmt: skip
+    found = empty_outcome(x.rows, x.lists.teacher, x.entropy)
+    return (*found, empty_masses(x), torch.empty_like(x.lists.ids))
 
 
 def _empty_sparse(x: Inputs) -> Tensors:
@@ -364,9 +332,7 @@ def _empty_tokens(x: Inputs) -> Tensors:
     return (*_empty(x), torch.empty_like(x.lists.teacher))
 
 
-COMMON = (
-    "loss", "table", "metrics", "totals", "valid", "log_probs", "entropy", "masses", "words",
-)  # fmt: skip
+COMMON = (*Outcome._fields, "masses", "words")
 LINEAR_TOPK_SPARSE = Op(
     "linear_topk_sparse",
     Inputs,
@@ -378,18 +344,7 @@ LINEAR_TOPK_SPARSE = Op(
     differentiable=LEAVES,
     keep=(*LEAVES, "table", "valid", "words", "scores", "slope"),
 )
-LINEAR_TOPK = Op(
-    "linear_topk",
-    Inputs,
-    _forward,
-    hand_out_kept,
-    _empty,
-    outputs=(*COMMON, "present", *SUMS, "factor"),
-    grads=1,
-    differentiable=LEAVES,
-    keep=(*SUMS, "factor"),
-    hands_out=(SUMS[0], SUMS[1], SUMS[3]),
-)
+LINEAR_TOPK = handing_op("linear_topk", Inputs, _forward, _empty, (*COMMON, "present"))
 LINEAR_TOPK_TOKENS = Op(
     "linear_topk_tokens",
     Inputs,

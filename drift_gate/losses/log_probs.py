@@ -15,6 +15,7 @@ from ..options import Parallel, check_groups, refuse
 from ..parallel.agreement import meeting
 from ..parallel.words import Shard, local_words, scan, whole
 from ..passes.backends import passes_of
+from .by_reference import by_reference
 
 
 def token_log_probs(
@@ -79,12 +80,7 @@ def token_log_probs(
                 entropy=return_entropy,
             )
     if chosen == "reference":
-        from .. import reference
-
-        return reference.token_log_probs(
-            logits, labels, temperature=temperature, ignore_index=ignore_index,
-            return_entropy=return_entropy,
-        )  # fmt: skip
+        return by_reference(token_log_probs, locals())
     ignored = NEVER if ignore_index is None else ignore_index
     if shard is None:
         shard = whole(logits.shape[-1])
@@ -218,9 +214,7 @@ def gather_lse(
         if ranks.any:
             ranks.tell(ids.shape, temperature=temperature)
     if chosen == "reference":
-        from .. import reference
-
-        return reference.gather_lse(logits, ids, temperature=temperature)
+        return by_reference(gather_lse, locals())
     z, lse, *_ = GATHER_LSE(
         Listed(as_batch(logits), ids.contiguous(), 1 / float(temperature), shard, chosen)
     )

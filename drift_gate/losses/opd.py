@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ..call import arguments, recording
-from ..call.finishing import Outcome, complete
+from ..call.finishing import Outcome, complete, empty_outcome
 from ..call.gradients import expand, row_gradient
 from ..call.logits import empty_scan, of_logits
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
 from ..call.sampled import check_cut, position_of, target_of
-from ..call.weighing import empty_finished, finish, valid_rows
+from ..call.weighing import finish, valid_rows
 from ..choices import Advantage
 from ..gate import DriftGate
 from ..options import Clip, Parallel, Reduction, refuse
@@ -21,6 +21,7 @@ from ..parallel.agreement import meeting
 from ..parallel.words import Shard, local_words, scan
 from ..passes.backends import passes_of
 from ..passes.rules import COEFFICIENT, SLOPE, TOKEN_LOSS, PositionRule
+from .by_reference import by_reference
 
 
 def opd_loss(
@@ -162,32 +163,14 @@ def opd_loss(
         if ranks.any:
             ranks.tell(**position._asdict(), entropy=return_entropy)
     if chosen == "reference":
-        from .. import reference
-
-        return reference.opd_loss(
-            logits, labels, old_log_probs, teacher_log_probs, gate=gate, estimator=estimator,
-            clip=clip, advantages=advantages, advantage=advantage, ratio=ratio,
-            teacher_log_prob_min=teacher_log_prob_min, row_weights=row_weights,
-            response_mask=response_mask, cu_seqlens=cu_seqlens, span_ids=span_ids,
-            temperature=temperature, ignore_index=ignore_index, reduction=reduction,
-            return_entropy=return_entropy,
-        )  # fmt: skip
+        return by_reference(opd_loss, locals())
     assert call.labels is not None
-    loss, table, metrics, totals, valid, log_probs, entropy, *_ = OPD(
-        Inputs(
-            batch,
-            call.labels,
-            target,
-            call.rows,
-            position,
-            1 / float(temperature),
-            return_entropy,
-            inplace_backward,
-            shard,
-            chosen,
-        )
-    )
-    found = Outcome(loss, table, metrics, totals, valid, log_probs, entropy)
+    x = Inputs(
+        batch, call.labels, target, call.rows, position, 1 / float(temperature), return_entropy,
+        inplace_backward, shard, chosen,
+    )  # fmt: skip
+    outputs = OPD(x)
+    found = Outcome(*outputs[:7])
     if recording.active is not None and not torch.compiler.is_compiling():
         recording.active.note(opd_loss, locals())
     floored = () if teacher_log_prob_min is not None else ("floored",)
@@ -250,12 +233,9 @@ def _backward(
 
 
 def _empty(x: Inputs) -> Tensors:
-    gathered, log_probs, maximum, log_sum, entropy = empty_scan(
-        x.logits, x.labels.shape[0], 1, x.entropy
-    )
-    found = empty_finished(x.rows, maximum)
-    valid = torch.empty_like(x.labels, dtype=torch.bool)
-    return (*found, valid, log_probs, entropy, gathered, maximum, log_sum)
+    gathered, log_probs, maximum, log_sum, _ = empty_scan(x.logits, x.rows.n_rows, 1, False)
+    found = empty_outcome(x.rows, maximum, x.entropy)._replace(log_probs=log_probs)
+    return (*found, gathered, maximum, log_sum)
 
 
 OPD = Op(
@@ -264,11 +244,8 @@ OPD = Op(
     _forward,
     _backward,
     _empty,
-    outputs=(
-        "loss", "table", "metrics", "totals", "valid", "log_probs", "entropy", "gathered",
-        "maximum", "log_sum",
-    ),
+    outputs=(*Outcome._fields, "gathered", "maximum", "log_sum"),
     grads=2,
     differentiable=("logits",),
     keep=("logits", "labels", "table", "valid", "gathered", "maximum", "log_sum"),
-)  # fmt: skip
+)

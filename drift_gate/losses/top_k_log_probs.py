@@ -15,6 +15,7 @@ from ..outputs import TopKOutput
 from ..parallel.agreement import Meeting, meeting
 from ..parallel.words import Shard, likeliest, local_words, whole
 from ..passes.backends import passes_of
+from .by_reference import by_reference
 
 
 def top_k_log_probs(
@@ -64,11 +65,7 @@ def top_k_log_probs(
         if ranks.any:
             ranks.tell(shape, temperature=temperature, k=k)
     if chosen == "reference":
-        from .. import reference
-
-        return reference.top_k_log_probs(
-            logits, k, temperature=temperature, response_mask=response_mask
-        )
+        return by_reference(top_k_log_probs, locals())
     if shard is None:
         shard = whole(logits.shape[-1])
     rows, scale = as_batch(logits.detach()), 1 / float(temperature)

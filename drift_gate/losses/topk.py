@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..call import recording
-from ..call.finishing import Outcome, complete
+from ..call.finishing import Outcome, complete, empty_outcome
 from ..call.gradients import expand, row_gradient
 from ..call.lists import (
     MASSES,
@@ -22,7 +22,7 @@ from ..call.lists import (
 from ..call.logits import of_logits
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
-from ..call.weighing import empty_finished, finish, is_sampled, measured_rows, valid_rows
+from ..call.weighing import finish, is_sampled, measured_rows, valid_rows
 from ..choices import Direction, Support
 from ..gate import DriftGate
 from ..options import Parallel, Reduction, refuse
@@ -31,6 +31,7 @@ from ..parallel.agreement import meeting
 from ..parallel.words import Shard, from_owners, local_words, own, scan
 from ..passes.backends import passes_of
 from ..passes.rules import COEFFICIENT, GIVEN, SLOPE, TOKEN_LOSS, TOKENS
+from .by_reference import by_reference
 
 
 def topk_loss(
@@ -139,38 +140,20 @@ def topk_loss(
             )
             check_lists(ranks, call, lists)
     if chosen == "reference":
-        from .. import reference
-
         if ignore_unknown_ids:
             teacher_topk_ids = torch.where(teacher_topk_ids < student.vocab, teacher_topk_ids, -1)
-        return reference.topk_loss(
-            logits, labels, old_log_probs, teacher_topk_ids, teacher_topk_log_probs,
-            direction=direction, support=support, beta=beta,
-            teacher_temperature=teacher_temperature, log_prob_floor=log_prob_floor, gate=gate,
-            row_weights=row_weights, response_mask=response_mask, cu_seqlens=cu_seqlens,
-            span_ids=span_ids, temperature=temperature, ignore_index=ignore_index,
-            reduction=reduction, return_entropy=return_entropy,
-        )  # fmt: skip
-    loss, table, metrics, totals, valid, now, entropy, sizes, *_ = TOPK(
-        Inputs(
-            batch,
-            call.labels,
-            lists,
-            call.rows,
-            kind,
-            1 / float(temperature),
-            return_entropy,
-            inplace_backward,
-            shard,
-            chosen,
-        )
-    )
-    found = Outcome(loss, table, metrics, totals, valid, now, entropy)
+        return by_reference(topk_loss, locals())
+    x = Inputs(
+        batch, call.labels, lists, call.rows, kind, 1 / float(temperature), return_entropy,
+        inplace_backward, shard, chosen,
+    )  # fmt: skip
+    outputs = TOPK(x)
+    found = Outcome(*outputs[:7])
     if recording.active is not None and not torch.compiler.is_compiling():
         recording.active.note(topk_loss, locals())
     output = complete(call, found, return_entropy, "floored", "pg_clipfrac")
     known = labels is not None or support != "renormalized" or return_entropy
-    return with_masses(output, sizes, known)
+    return with_masses(output, outputs[7], known)
 
 
 def with_masses(output: LossOutput, sizes: Tensor, known: bool) -> LossOutput:
@@ -293,12 +276,10 @@ def empty_masses(x: Any) -> Tensor:
 
 def _empty(x: Inputs) -> Tensors:
     ids, teacher = x.lists.ids, x.lists.teacher
-    found = empty_finished(x.rows, teacher)
     n = ids.shape[0]
     bare = x.kind.support == "renormalized" and x.labels is None and not x.entropy
     return (
-        *found, teacher.new_empty(n, dtype=torch.bool), teacher.new_empty(n),
-        teacher.new_empty(n if x.entropy else 0), empty_masses(x),
+        *empty_outcome(x.rows, teacher, x.entropy), empty_masses(x),
         torch.empty_like(ids), torch.empty_like(teacher), teacher.new_empty(0 if bare else n),
         teacher.new_empty(0 if bare else n), torch.empty_like(teacher),
     )  # fmt: skip
@@ -310,10 +291,7 @@ TOPK = Op(
     _forward,
     _backward,
     _empty,
-    outputs=(
-        "loss", "table", "metrics", "totals", "valid", "log_probs", "entropy", "masses", "words",
-        "gathered", "maximum", "log_sum", "slope",
-    ),
+    outputs=(*Outcome._fields, "masses", "words", "gathered", "maximum", "log_sum", "slope"),
     grads=2,
     differentiable=("logits",),
     keep=("logits", "table", "valid", "words", "gathered", "maximum", "log_sum", "slope"),
