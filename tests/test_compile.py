@@ -15,6 +15,7 @@ from conftest import KERNELS
 from drift_gate.kernels import gather, head, lanes, rows, sparse
 from drift_gate.kernels import scan as scan_pass
 from drift_gate.kernels.expand import expand
+from drift_gate.kernels.measured import measured_rows
 from drift_gate.kernels.scan import scan
 from drift_gate.kernels.select import select
 from drift_gate.kernels.topk import topk_rows, topk_support
@@ -208,6 +209,8 @@ ROW_KINDS = [  # gate, position, reduce; with row weights and packed; rows
     ),
     (GateRule("token"), PositionRule("k3", clamp=False), ReduceRule(), False, 70_000),
     (GateRule(normalize="off"), PositionRule("given"), ReduceRule(), False, 70_000),
+    (GateRule(sample_every=8), PositionRule("given"), ReduceRule(), True, 70_000),
+    (GateRule("span", sample_every=8), PositionRule(ratio="span"), ReduceRule(), False, 2048),
 ]
 
 
@@ -217,8 +220,11 @@ def test_rows(target, kind):
     x, valid = torch.zeros(n), torch.ones(n, dtype=torch.bool)
     spans = torch.zeros(n, dtype=torch.int64)
     borders = torch.tensor([0, n // 2, n]) if packed else None
-    data = RowData(valid, x, x, spans, borders, n)
+    measured = valid if gate.sample_every > 1 else None
+    data = RowData(valid, x, x, spans, borders, n, measured)
     with compile_only(target) as launches:
+        if measured is not None and gate.granularity == "block":
+            measured_rows(data, gate)
         rows.finish(data, gate, None, x if packed else None, x, position, reduce)
     assert len(launches) >= 1
     for launch in launches:

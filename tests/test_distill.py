@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import math
 from collections.abc import Iterator
@@ -16,9 +17,18 @@ pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
 import reasoning_gym
-from drift_gate.bench.distill import evaluation, models, problems, sampling, settings, training
+from drift_gate.bench.distill import (
+    evaluation,
+    models,
+    problems,
+    report,
+    sampling,
+    settings,
+    training,
+)
 from drift_gate.bench.distill.problems import HELD_OUT, TRAIN, Grader, Problem
 from drift_gate.bench.distill.solutions import Solver
+from rich.console import Console
 
 CPU = torch.device("cpu")
 SMALL = settings.Settings(steps=2, prompts=2, samples=2, minibatch=2, max_tokens=48)
@@ -186,6 +196,27 @@ def test_the_reference_trains_the_same_curve(name: str, drawn: list[list[Problem
     ours, theirs = map(torch.tensor, curves)
     assert ours[1, 1] > 0 and (("+" in name) == bool(ours[1, 2] < 1))  # it moved, and was gated
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-5)
+
+
+def test_a_gate_that_samples_says_how_its_weights_differ(drawn: list[list[Problem]]) -> None:
+    """Blocks of 8 of whose positions the first alone is measured; and it names no drift of NaN."""
+    run = trainer(
+        "OPD + Block8 every 8th", drawn[0], minibatch=4, epochs=(2,), extra=True, block_size=8
+    )
+    first, second = run.step()["epochs"]
+    assert 0 < second["drift_abs"] < 1 and all(x >= 0 for x in second["drift_abs_quantiles"])
+    assert first["sampled_largest_difference"] < 1e-5 < second["sampled_largest_difference"]
+    assert second["sampled_difference"] < second["sampled_largest_difference"]
+    assert 0 < second["sampled_correlation"] < 1
+    whole = trainer("OPD + Block8", drawn[0], minibatch=4, epochs=(2,), block_size=8)
+    assert "sampled_correlation" not in whole.step()["epochs"][0]
+    movement = report.movement_of([{"curve": [{"epochs": [first, second]}]}])
+    row = {"name": "OPD + Block8 every 8th", "epochs": 2, "movement": movement}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.of_sampling([row], False))
+    shown = console.export_text()
+    names = "sampled_correlation", "sampled_difference", "sampled_largest_difference"
+    assert all(f"{second[name]:.4f}" in shown for name in names)
 
 
 def test_variants_see_the_same_prompts_and_first_rollouts(drawn: list[list[Problem]]) -> None:

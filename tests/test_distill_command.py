@@ -278,6 +278,7 @@ def test_extra_adds_gates_sizes_and_reuse_and_keeps_the_six() -> None:
     names = {variant.name for variant in settings.variants(chosen)}
     assert {v.name for v in settings.variants(settings.Settings())} < names
     assert {"OPD + Token", "OPD + Sequence", "OPD + Block64 rms", "OPD + Block32"} < names
+    assert "OPD + Block64 every 8th" in names
     keys = [job.key for job in settings.jobs(chosen)]
     assert len(keys) == len(set(keys))
     assert "opd-4-epochs_e4_s1" in keys and "lsm_newlinespan_e1_s0" in keys

@@ -13,6 +13,8 @@ from .jobs import BASE, Work
 from .settings import PASS_AT, Job
 
 Result = dict[str, Any]
+SAMPLED = "sampled_correlation"
+DIFFERENCES = "sampled_difference", "sampled_largest_difference"
 METRICS = (f"pass@{PASS_AT}", "accuracy")
 
 
@@ -118,7 +120,22 @@ def tables(summary: dict[str, Any], settings: Any) -> list[Table]:
         last = row["name"] == BASE[-1]
         compared.add_row(label(row, several), *_comparison(row), end_section=last)
         detailed.add_row(label(row, several), *_details(row), end_section=last)
-    return [compared, detailed]
+    sampled = [row for row in summary["rows"] if SAMPLED in row.get("movement", {})]
+    return [compared, detailed, *([of_sampling(sampled, several)] if sampled else [])]
+
+
+def of_sampling(rows: list[dict[str, Any]], several: bool) -> Table:
+    """What gates that measure the drift at some positions make of the weights."""
+    found = _table(
+        "weights of gates that measure some positions, beside those of the drift at all",
+        "in the last epoch, means over steps and seeds: correlation, mean and largest difference. "
+        "Weights have mean 1.",
+        "correlation", "mean", "largest",
+    )  # fmt: skip
+    for row in rows:
+        values = [row["movement"][name][-1] for name in (SAMPLED, *DIFFERENCES)]
+        found.add_row(label(row, several), *(f"{value:.4f}" for value in values))
+    return found
 
 
 def _table(title: str, caption: str, *columns: str) -> Table:

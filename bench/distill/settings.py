@@ -93,6 +93,7 @@ def variants(settings: Settings) -> list[Variant]:
         for aggregate in ("mean_abs", "rms", "max_abs"):
             gate = DriftGate(block_size=size, aggregate=aggregate)  # type: ignore[arg-type]
             gates[f"Block{size} {aggregate}"] = gate
+        gates[f"Block{size} every 8th"] = DriftGate(block_size=size, sample_every=8)
         for other in (size // 4, size // 2, size * 2):
             gates[f"Block{other}"] = DriftGate(block_size=other)
         found += [Variant(f"OPD + {name}", "opd", gate, "OPD") for name, gate in gates.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from contextlib import AbstractContextManager
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drift_gate import LossOutput, linear_opd_loss, linear_topk_loss
+from drift_gate import LossOutput, gate_weights, linear_opd_loss, linear_topk_loss
 
 from .models import Pair, end_ids, head_of, hidden_states, newline_ids, prompt_ids
 from .problems import Grader, Problem
@@ -121,11 +122,9 @@ class Trainer:
             group["lr"] = self.settings.learning_rate * min(1.0, (number + 1) / WARMUP)
         epochs = []
         for _ in range(self.job.epochs):
-            parts = [
-                (part.response_mask, self._update(part))
-                for part in rollouts.minibatches(self.settings.minibatch, order)
-            ]
-            epochs.append(_of_epoch(parts))
+            batches = list(rollouts.minibatches(self.settings.minibatch, order))
+            parts = [(part.response_mask, self._update(part)) for part in batches]
+            epochs.append(_of_epoch(parts) | _of_sampling(self.job.variant, batches, parts))
         kl = (rollouts.old_log_probs - rollouts.teacher_log_probs)[rollouts.response_mask]
         shown = dict(
             loss=sum(epoch["loss"] for epoch in epochs) / len(epochs),
@@ -174,6 +173,7 @@ def loss_of(
 def _of_epoch(parts: list[tuple[Tensor, LossOutput]]) -> dict[str, Any]:
     """Loss, and how drift and gate weights were spread over the valid positions of an epoch."""
     drift = torch.cat([output.drift[mask] for mask, output in parts])
+    drift = drift[~drift.isnan()]  # NaN where a gate does not measure it
     weight = torch.cat([output.gate[mask] for mask, output in parts])
     at = torch.tensor(QUANTILES, device=drift.device)
 
@@ -188,6 +188,31 @@ def _of_epoch(parts: list[tuple[Tensor, LossOutput]]) -> dict[str, Any]:
         gate_mean_raw=mean("gate_mean_raw") if "gate_mean_raw" in parts[0][1].metrics else 1.0,
         weight_quantiles=weight.quantile(at).tolist(),
         effective_share=(weight.sum() ** 2 / (weight**2).sum() / len(weight)).item(),
+    )
+
+
+def _of_sampling(
+    variant: Variant, batches: list[Rollouts], parts: list[tuple[Tensor, LossOutput]]
+) -> dict[str, float]:
+    """Of a gate that measures some positions: its weights beside those of the drift at all."""
+    gate = variant.gate
+    if gate is None or gate.sample_every == 1:
+        return {}
+    whole = dataclasses.replace(gate, sample_every=1)
+    found, wanted = [], []
+    for rollouts, (mask, output) in zip(batches, parts, strict=True):
+        old = rollouts.old_log_probs
+        spans = rollouts.spans if gate.granularity == "span" else None
+        exact = gate_weights(output.log_probs, old, whole, response_mask=mask, span_ids=spans)
+        found.append(output.gate[mask])
+        wanted.append(exact.weights[mask])
+    both = torch.stack([torch.cat(found), torch.cat(wanted)]).double()
+    correlation = torch.corrcoef(both)[0, 1].nan_to_num(1.0)  # where no weight differs from 1
+    difference = (both[0] - both[1]).abs()
+    return dict(
+        sampled_correlation=correlation.item(),
+        sampled_difference=difference.mean().item(),
+        sampled_largest_difference=difference.max().item(),
     )
 
 
