@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from drift_gate import linear_token_log_probs
-from drift_gate.integrations.teacher import head_of, head_topk
+from drift_gate import linear_token_log_probs, linear_top_k_log_probs
+from drift_gate.integrations.teacher import head_of
 
 SIZES = dict(
     vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -82,7 +82,9 @@ def test_the_likeliest_words(made):
     model, _, hidden, logits = made
     valid = torch.ones(2, 9)
     valid[0, 3:5] = 0
-    ids, log_probs = head_topk(hidden, head_of(model, hidden.dtype), 5, valid, 0.8)
+    ids, log_probs = linear_top_k_log_probs(
+        hidden, head_of(model, hidden.dtype), 5, temperature=0.8, response_mask=valid
+    )
     expected, words = (logits.double() / 0.8).log_softmax(-1).topk(5)
     on = valid.bool()
     assert (ids[~on] == -1).all() and (log_probs[~on] == -torch.inf).all()
@@ -91,15 +93,13 @@ def test_the_likeliest_words(made):
 
 
 def test_the_likeliest_words_chunk_by_chunk():
-    """More valid rows than a chunk of the head holds, and a last chunk that is not full."""
+    """More rows than a chunk of the head holds, and a last chunk that is not full."""
     torch.manual_seed(0)
     weight, hidden = torch.randn(300_000, 4), torch.randn(57, 4)
-    ids, log_probs = head_topk(hidden, weight, 3, torch.ones(57))
+    ids, log_probs = linear_top_k_log_probs(hidden, weight, 3)
     expected, words = (hidden.double() @ weight.double().T).log_softmax(-1).topk(3)
     assert torch.equal(ids, words)
     torch.testing.assert_close(log_probs.double(), expected, rtol=0, atol=3e-5)
-    with pytest.raises(ValueError, match="k must be between 1 and V = 300000; got 0"):
-        head_topk(hidden, weight, 0, torch.ones(57))
 
 
 class Finished(Qwen2ForCausalLM):

@@ -1,6 +1,10 @@
 """`top_k_log_probs`: the K likeliest words of every row and their log-probs. Forward alone.
 
 How a teacher is scored. `torch.topk` of the whole logits, without log-probs, stands beside.
+
+    drift-gate bench --grid quick top_k_log_probs linear_top_k_log_probs
+
+takes under a minute on a GPU.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from .. import (
     linear_full_loss,
     linear_opd_loss,
     linear_token_log_probs,
+    linear_top_k_log_probs,
     linear_topk_loss,
     newline_spans,
 )
@@ -30,7 +31,7 @@ from ..call.arguments import number, option
 from ..call.lists import kind_of
 from ..choices import ESTIMATORS, Aggregate, Support
 from . import unusable
-from .teacher import head_of, head_topk, newline_token_ids
+from .teacher import head_of, newline_token_ids
 from .vocabularies import Words, shared_words, tokenizer_of
 
 WANTED = "1.16"
@@ -331,7 +332,9 @@ class GatedDistillationTrainer(DistillationTrainer):
             return {"teacher_hidden_states": hidden}
         head = self._head(model, hidden.dtype)
         mask = _loss_mask(inputs).to(hidden.device)
-        ids, log_probs = head_topk(hidden, head, self.args.teacher_top_k, mask, self.temperature)
+        ids, log_probs = linear_top_k_log_probs(
+            hidden, head, self.args.teacher_top_k, temperature=self.temperature, response_mask=mask
+        )
         return {"teacher_topk_ids": ids, "teacher_topk_log_probs": log_probs}
 
     def _compute_loss(
