@@ -36,7 +36,7 @@ def empty_outcome(rows: RowInputs, like: Tensor, entropy: bool) -> Outcome:
 def complete(call: Call, found: Outcome, with_entropy: bool, *dropped: str) -> LossOutput:
     """The loss and its per-token tensors; `dropped`: metrics that say nothing here."""
     shape, table = call.shape, found.table
-    shown = table.detach().view(-1, *shape).unbind()
+    shown = table.detach().view(len(table), *shape).unbind()  # there may be no rows
     token_loss = table[TOKEN_LOSS].view(shape) if table.requires_grad else shown[TOKEN_LOSS]
     metrics: Metrics = dict(zip(METRICS, found.metrics.unbind(), strict=True))
     tokens = metrics.pop("valid_tokens")
