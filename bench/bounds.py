@@ -41,7 +41,7 @@ def within(seconds: float) -> Iterator[None]:
 
 
 class Bounds(NamedTuple):
-    """Of one case. The baseline and this package run, whatever they take."""
+    """Of one case. The baseline and this package run whatever they take, unless the end is hard."""
 
     rounds: int
     end: float = math.inf  # of time.monotonic(): no round is begun that would pass it
@@ -49,6 +49,7 @@ class Bounds(NamedTuple):
     slowest: float = 5.0  # times the baseline: a call is stopped there
     slack: float = 5.0  # seconds beside that, and what nobody minds
     compiling: float = 90.0  # seconds more for a first call that compiles
+    hard: bool = False  # nothing goes on beyond the end, nor what is set up
 
     def limit(self, baseline: float, compiles: bool) -> float:
         """Seconds that a peer's call may take, by those of the baseline's.
@@ -60,6 +61,15 @@ class Bounds(NamedTuple):
     def left(self) -> float:
         """Seconds until the end."""
         return self.end - time.monotonic()
+
+    def most(self) -> float:
+        """Seconds that whoever must run may take."""
+        return self.left() if self.hard else math.inf
+
+    @property
+    def spent(self) -> bool:
+        """Whether a hard end has come."""
+        return self.most() <= 0
 
     def is_slow(self, seconds: float, baseline: float) -> bool:
         """Whether a peer's call takes so long that its time need be known no better."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,20 @@ from .names import STEP
 from .record import Result
 
 SUITES = Path(__file__).with_name("suites")
+DRAWING = 2.0  # seconds that the pictures of a suite may take
 
 
 def suite_names() -> list[str]:
     """Files of bench/suites."""
     return sorted(file.stem.removeprefix("test_") for file in SUITES.glob("test_*.py"))
+
+
+FIRST = "opd_loss", "linear_opd_loss", "topk_loss", "linear_topk_loss", "full_loss", "host"
+
+
+def by_importance(suites: list[str]) -> list[str]:
+    """What a budget cuts off comes last."""
+    return [name for name in FIRST if name in suites] + [s for s in suites if s not in FIRST]
 
 
 class Bar:
@@ -50,14 +61,19 @@ class Bar:
 
 
 def run(
-    suites: list[str], *, device: Any, grid: str, budget: float, rounds: int, out: Path | None,
+    suites: list[str], *, device: Any, grid: str, end: float, rounds: int, out: Path | None,
     plots: bool,
 ) -> bool:  # fmt: skip
-    """Measure, print, write and draw; whether everything that must run did."""
+    """Measure, print, write and draw until `end`, of time.monotonic().
+
+    Whether everything that must run did.
+    """
+    left = end - time.monotonic()
+    budget = left - min(left / 5, DRAWING * len(suites)) * plots
     console = Console(file=sys.stdout)
     name = [grid] if suites == suite_names() else [grid, *suites]
     path = out or record.new_path(record.results_folder(), device_name(device), name)
-    files = [str(SUITES / f"test_{name}.py") for name in suites]
+    files = [str(SUITES / f"test_{name}.py") for name in by_importance(suites)]
     options = [
         "-s", "-q", "-p", "no:cacheprovider", f"--rootdir={SUITES}", "-c", "/dev/null",
         "--benchmark-quiet", f"--bench-device={device}", f"--bench-grid={grid}",
@@ -75,7 +91,7 @@ def run(
         console.print(said.getvalue(), markup=False)
     if not path.exists():
         return False
-    show(console, path, plots)
+    show(console, path, plots, end)
     if bar.unreached:
         console.print(f"{bar.unreached} measurements left out: {UNREACHED}")
     if code == pytest.ExitCode.INTERRUPTED:
@@ -83,8 +99,8 @@ def run(
     return code == 0
 
 
-def show(console: Console, path: Path, plots: bool) -> None:
-    """Tables and pictures of a file."""
+def show(console: Console, path: Path, plots: bool, end: float = math.inf) -> None:
+    """Tables and pictures of a file; no picture is begun after the end."""
     results = record.read(path)
     machine = results[0].machine
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()))
@@ -98,7 +114,7 @@ def show(console: Console, path: Path, plots: bool) -> None:
     if plots:
         from .plots import draw
 
-        for picture in draw(results, path):
+        for picture in draw(results, path, end):
             console.print(f"written to {picture}", soft_wrap=True)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import device_time, targets, timing
-from .bounds import Bounds
+from .bounds import Bounds, TooLong, within
 from .calls import Call, Leaves, Run, call
 from .cases import Anchor, Case, cases
 from .floors import Floor
@@ -141,19 +141,23 @@ def measure(
     results = _blank(suite, case, device, chosen)
     keep(results)
     try:
-        work = _inputs(suite, case, device)
-    except LeftOut as reason:
+        with within(bounds.most()):
+            work = _inputs(suite, case, device)
+            _count_live_rows(suite, work, results)
+            truths = suite.truths(work)
+    except (LeftOut, TooLong) as reason:
         for result in results.values():
-            result.left_out = str(reason)
+            result.left_out = UNREACHED if isinstance(reason, TooLong) else str(reason)
         return results
-    _count_live_rows(suite, work, results)
-    truths = suite.truths(work)
     leaves = Leaves([getattr(work, name) for name in suite.leaves])
     warm: dict[str, float] = {}  # seconds of a call of those that take part in the rounds
     runs: dict[str, Run] = {}
     timers: dict[str, device_time.Timer] = {}
     for implementation in chosen:
         result = results[implementation.name]
+        if bounds.spent:
+            result.left_out = UNREACHED
+            continue
         try:
             run = _prepared(implementation, work, leaves)
             gc.freeze()  # what a peer imports need not be walked after every call
@@ -168,11 +172,16 @@ def measure(
         except Exception as error:  # what a peer may raise is not known
             if not implementation.may_fail and not isinstance(error, LEAVES_OUT):
                 raise
-            result.left_out = reason_of(error)
+            result.left_out = UNREACHED if bounds.spent else reason_of(error)
         finally:
             leaves.restore()
             forget(device)
         keep(results)
+    if sum(warm.values()) > bounds.most():  # no time for one round
+        for name in runs:
+            results[name].seconds, results[name].left_out = [[warm[name]]], None
+        _compare(results)
+        return results
     pause = PAUSE if case.hidden and device.type == "cuda" else 0.0
     for times in timing.interleaved(runs, device, bounds.rounds, bounds.end, pause):
         for name, rounds in times.items():
@@ -338,12 +347,14 @@ def _called(
     A slow peer that does not compile is not warmed: its first call is it.
     """
     if not implementation.may_fail:
-        one(math.inf)
-        return one(math.inf), False
+        one(bounds.most())
+        return one(bounds.most()), False
     compiles = implementation.compiles or device.type == "cuda"
     eager = warm.get(BASELINE, math.inf)  # which may have found no memory
     limit = bounds.limit(eager, compiles)
-    if implementation.name != COMPILED:  # the peer that always is, and that rows refer to
+    if (
+        bounds.hard or implementation.name != COMPILED
+    ):  # the peer that always is, and that rows refer to
         limit = min(limit, bounds.left() - 2 * sum(warm.values()))  # of two rounds to come
     if limit < (eager if BASELINE in warm else 0):
         raise LeftOut(UNREACHED)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,14 +46,19 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
     return FIXED | dict(zip(others, looks, strict=False))
 
 
-def draw(results: list[Result], path: Path) -> list[Path]:
-    """Draw everything that the results support, beside `path`; the files written."""
+def draw(results: list[Result], path: Path, end: float = math.inf) -> list[Path]:
+    """Draw what the results support, beside `path`; the files written.
+
+    No suite is begun after `end`, of time.monotonic().
+    """
     timed = [r for r in sound(results) if r.host is None and r.step is None]
     written = []
     for steps in step_report.found_in(results):
         name = f"{path.stem}_train-step_{slug(steps.model)}.png"
         written.append(save(step_report.picture(steps), path.with_name(name)))
     for suite in dict.fromkeys(r.suite for r in timed):
+        if time.monotonic() > end:
+            break
         mine = [r for r in timed if r.suite == suite]
         look, groups = styles(dict.fromkeys(r.implementation for r in mine)), by_work(mine)
         figures = {

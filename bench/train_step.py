@@ -251,7 +251,7 @@ def _warmed(
         raise LeftOut(UNREACHED)
     step = Step(problem, entry.make(problem), problem.tokens.device)
     try:
-        with within(float("inf") if must else left):
+        with within(bounds.most() if must else left):
             step.seconds()
             result.step = step.measured()
             found = step.seconds()

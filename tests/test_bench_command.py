@@ -24,13 +24,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_every_suite_has_the_baseline_first_and_no_name_twice():
-    assert len(command.suite_names()) == 16
+    assert len(command.suite_names()) >= 16
     for name in command.suite_names():
         suite = load_suite(name)
         names = [i.name for i in suite.implementations]
         assert suite.name == name and len(names) == len(set(names))
         if name not in ("host", "train_step"):  # whose units are others
             assert names[0] == "eager" and "drift_gate" in names
+
+
+def test_what_matters_comes_first():
+    names = command.suite_names()
+    assert command.by_importance(["rows", "opd_loss", "expand"]) == ["opd_loss", "rows", "expand"]
+    assert sorted(command.by_importance(names)) == names
+    assert set(command.FIRST) <= set(names)
 
 
 @pytest.mark.slow

@@ -154,6 +154,34 @@ def test_what_the_time_budget_does_not_reach_is_left_out():
         assert len(found[name].seconds) == 1 and found[name].left_out is None
 
 
+def test_nothing_goes_on_beyond_a_hard_end():
+    """Neither this package and the baseline, nor what sets a case up."""
+    suite = toy(Implementation("drift_gate", square), Implementation("peer", square))
+    past = Bounds(rounds=5, end=time.monotonic() - 1, hard=True)
+    found = harness.measure(suite, SMALL, CPU, past)
+    assert {r.left_out for r in found.values()} == {harness.UNREACHED}
+    slow = Implementation("eager", delayed(60))
+    start = time.monotonic()
+    for stuck in (
+        suite._replace(implementations=(slow, *suite.implementations[1:])),
+        suite._replace(truths=lambda work: time.sleep(60)),
+    ):
+        bounds = Bounds(rounds=5, end=time.monotonic() + 1, hard=True)
+        found = harness.measure(stuck, SMALL, CPU, bounds)
+        assert {r.left_out for r in found.values()} == {harness.UNREACHED}
+        assert not any(r.seconds for r in found.values())
+    assert time.monotonic() - start < 30
+
+
+def test_where_no_round_fits_the_warm_call_counts():
+    suite = toy(Implementation("drift_gate", delayed(1.0)))
+    bounds = Bounds(rounds=5, end=time.monotonic() + 4.5, hard=True)
+    found = harness.measure(suite, SMALL, CPU, bounds)
+    ours = found["drift_gate"]
+    assert ours.left_out in (None, harness.UNREACHED)  # a busy machine gets no further
+    assert ours.left_out or 1 <= len(ours.seconds) <= 2
+
+
 def test_results_are_kept_as_they_come():
     seen = []
 

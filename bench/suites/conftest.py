@@ -96,7 +96,9 @@ class Session:
             return self.results[key]
         timing.copy_bandwidth(self.device)  # measured once: no time of this case
         now, items = time.monotonic(), _items(case)
-        bounds = Bounds(self.rounds, self.end_of(suite, case, now))
+        bounds = Bounds(self.rounds, self.end_of(suite, case, now), hard=self.grid != "targets")
+        if bounds.spent:
+            pytest.skip(UNREACHED)
 
         def keep(results: dict[str, Result]) -> None:
             self.results[key] = results
@@ -118,7 +120,8 @@ class Session:
         """Until when a case may take. Skips it where its suite has no time left.
 
         Of the README's rows none is skipped, and each has its share of the time that is left. In
-        other grids each suite has the same, and what comes first takes what it needs.
+        the grid quick, where the suites come by importance, what comes first takes what it needs;
+        in the others so within each suite, of which all have the same.
         """
         if self.grid == "targets":
             weights = {
@@ -131,7 +134,8 @@ class Session:
             return now + share * max(self.end - now, 0)
         if not any(name == suite.name for name, _ in self.results):
             left = len(self.wanted) - len({name for name, _ in self.results})
-            self.suite_end = now + max(self.end - now, 0) / max(left, 1)
+            share = 1 if self.grid == "quick" else max(left, 1)
+            self.suite_end = now + max(self.end - now, 0) / share
             self.fixed = self.per_item = 0.0
         if now + self.fixed + self.per_item * _items(case) > self.suite_end and self.fixed:
             pytest.skip(UNREACHED)
