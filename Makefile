@@ -22,7 +22,7 @@ test: .venv/.installed  ## run the tests
 test-integrations: $(TRAINERS:%=test-%)  ## the integrations whose projects are not in the pinned set
 
 trainer-memory: .venv/.installed $(TRAINERS:%=.venv/%/.installed)  ## peak memory of each trainer's step beside its own loss
-	$(PYTEST) -s -n 0 tests/test_verl.py tests/test_verl_policy.py -k peak_memory
+	$(PYTEST) -s -n 0 tests/test_trl_options.py tests/test_verl*.py -k peak_memory
 	$(foreach name,$(TRAINERS),PYTHONPATH=$(CURDIR)/.venv/$(name) $(PYTEST) -s -n 0 \
 	  tests/test_$(subst -,_,$(name)).py -k peak_memory;)
 

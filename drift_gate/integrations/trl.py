@@ -6,15 +6,13 @@ the buffer once; the loss is one of this package's, from hidden states and LM he
 """
 
 import inspect
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import (
-    Clip,
-    DriftGate,
     GateNormalizer,
     Head,
     LossOutput,
@@ -27,14 +25,11 @@ from .. import (
     linear_topk_loss,
     newline_spans,
 )
-from ..call.arguments import number, option
-from ..call.lists import kind_of
-from ..choices import ESTIMATORS, Aggregate, Support
 from . import unusable
 from .teacher import head_of, newline_token_ids
+from .trl_config import LOGITS_DTYPES, WANTED, GatedDistillationConfig
+from .vllm_samples import Recording, importance_weights
 from .vocabularies import Words, shared_words, tokenizer_of
-
-WANTED = "1.16"
 
 try:
     from datasets import IterableDataset
@@ -57,117 +52,6 @@ try:
 except (ImportError, AttributeError, RuntimeError) as reason:  # TRL's lazy modules raise the last
     raise unusable("trl", WANTED, reason) from reason
 
-LOSSES = ("sampled", "topk", "full")
-LOGITS_DTYPES = {"float32": torch.float32}
-if TYPE_CHECKING:
-    EstimatorName = str
-else:
-    EstimatorName = Literal[tuple(ESTIMATORS)]  # choices of a command line
-
-
-@dataclass
-class GatedDistillationConfig(DistillationConfig):
-    """`trl.DistillationConfig` with the gate's options.
-
-    TRL's `beta` chooses the divergence of "topk" and "full": 0 forward, 1 reverse, between them the
-    generalised JSD. TRL's `temperature` divides both models' logits, as it does when sampling.
-
-    Args:
-        num_iterations: optimiser epochs over each buffer of rollouts (paper: 2).
-        steps_per_generation: micro-batches in a buffer, a multiple of gradient_accumulation_steps.
-            None: one optimiser step's.
-        loss: "sampled" (`linear_opd_loss`), "topk" (`linear_topk_loss`), "full"
-            (`linear_full_loss`).
-        estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip: of "sampled"; the
-            clips are low, high, dual and advantage of `Clip`.
-        teacher_top_k, support: of "topk"; with beta = 1 and "renormalized" it is LSM.
-        gate_granularity: "block", "span" (lines of the response), "token", "sequence", or "off".
-        gate_block_size, gate_tau, gate_aggregate, gate_sample_every: see `DriftGate`.
-        logits_dtype: None, or "float32" as TRL's own loss has them: `Head.logits_dtype` of student
-            and teacher, for the old log-probs, too.
-    """
-
-    num_iterations: int = field(
-        default=2, metadata={"help": "Optimiser epochs over each buffer of rollouts."}
-    )
-    steps_per_generation: int | None = field(
-        default=None, metadata={"help": "Micro-batches in a buffer; None: one optimiser step's."}
-    )
-    loss: Literal["sampled", "topk", "full"] = field(
-        default="sampled", metadata={"help": "What the teacher is asked for."}
-    )
-    estimator: EstimatorName = field(
-        default="ppo", metadata={"help": "Position loss of the sampled-token loss."}
-    )
-    clip_ratio_low: float = field(default=0.2, metadata={"help": "PPO's clip below 1."})
-    clip_ratio_high: float = field(default=0.2, metadata={"help": "PPO's clip above 1."})
-    clip_ratio_c: float = field(default=3.0, metadata={"help": "PPO's dual clip."})
-    advantage_clip: float | None = field(
-        default=None, metadata={"help": "Bound of the advantage's magnitude."}
-    )
-    teacher_top_k: int = field(default=32, metadata={"help": "Words the teacher lists."})
-    support: Support = field(
-        default="renormalized", metadata={"help": "Support of the top-K divergence."}
-    )
-    gate_granularity: Literal["block", "span", "token", "sequence", "off"] = field(
-        default="block", metadata={"help": "What a block of the gate is; off trains ungated."}
-    )
-    gate_block_size: int = field(default=64, metadata={"help": "Positions of a block."})
-    gate_tau: float = field(default=1.0, metadata={"help": "Inverse temperature of the gate."})
-    gate_aggregate: Aggregate = field(
-        default="mean", metadata={"help": "A block's drift from its positions'."}
-    )
-    gate_sample_every: int = field(
-        default=1,
-        metadata={"help": "Measure a block's drift at every such position; 1: at all."},
-    )
-    logits_dtype: str | None = field(
-        default=None, metadata={"help": "float32 keeps the sums of the heads' products."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        option("loss", self.loss, LOSSES)
-        option("estimator", self.estimator, ESTIMATORS)
-        if self.logits_dtype is not None:
-            option("logits_dtype", self.logits_dtype, LOGITS_DTYPES)
-        for name in ("num_iterations", "teacher_top_k"):
-            number(name, getattr(self, name), above=0)
-        if self.loss == "topk":
-            kind_of("jsd", self.support, self.beta, None)
-            if self.support == "renormalized" and self.teacher_top_k < 2:
-                raise ValueError(
-                    'teacher_top_k must be at least 2 with support "renormalized"; got '
-                    f"{self.teacher_top_k}"
-                )
-        accumulate = self.gradient_accumulation_steps
-        if self.steps_per_generation is None:
-            self.steps_per_generation = accumulate
-        if self.steps_per_generation < 1 or self.steps_per_generation % accumulate:
-            raise ValueError(
-                "steps_per_generation must be a multiple of gradient_accumulation_steps, "
-                f"{accumulate}; got {self.steps_per_generation}"
-            )
-        self.drift_gate()
-
-    def drift_gate(self) -> DriftGate | None:
-        """The gate of these options."""
-        if self.gate_granularity == "off":
-            return None
-        return DriftGate(
-            granularity=self.gate_granularity,
-            block_size=self.gate_block_size,
-            tau=self.gate_tau,
-            aggregate=self.gate_aggregate,
-            sample_every=self.gate_sample_every,
-        )
-
-    def clip(self) -> Clip:
-        """The clips of "sampled"."""
-        return Clip(
-            self.clip_ratio_low, self.clip_ratio_high, self.clip_ratio_c, self.advantage_clip
-        )
-
 
 class GatedDistillationTrainer(DistillationTrainer):
     """TRL's `DistillationTrainer` with rollout reuse and a drift gate; takes the same arguments.
@@ -177,6 +61,7 @@ class GatedDistillationTrainer(DistillationTrainer):
     """
 
     _buffered_inputs: list[dict[str, Any]] | None
+    vllm_generation: Any
 
     def __init__(self, model: Any, teacher_model: Any = None, *args: Any, **kwargs: Any) -> None:
         # TRL refuses a teacher of another vocab_size, and so does not see it.
@@ -187,6 +72,14 @@ class GatedDistillationTrainer(DistillationTrainer):
             )
         if teacher_model is None:
             raise ValueError("teacher_model must be a model or its name; got None")
+        if self.args.vllm_importance_sampling_clip_max is not None:
+            if self.tools:
+                raise ValueError(
+                    "tools must be None with vllm_importance_sampling_clip_max: what a tool writes "
+                    f"has no log-probs; got {len(self.tools)} tools"
+                )
+            server = self.args.vllm_mode == "server" and self.accelerator.is_main_process
+            self.vllm_generation = Recording(self.vllm_generation, server)
         teacher = _loaded(teacher_model, self.args)
         self._words: Words = shared_words(
             self.model, teacher, self._tokenizer, lambda: tokenizer_of(teacher, self.args)
@@ -258,6 +151,8 @@ class GatedDistillationTrainer(DistillationTrainer):
         made: dict[str, Any] = self._generate_and_score_completions(generation_batch)
         if self._words.student > self._words.shared:
             made["known_mask"] = (made["completion_ids"] < self._words.shared).long()
+        if self.args.vllm_importance_sampling_clip_max is not None:
+            made["sampled_log_probs"] = self.vllm_generation.padded(made["completion_ids"])
         return made
 
     def _count_items(self, parts: list[dict[str, Any]]) -> None:
@@ -280,6 +175,12 @@ class GatedDistillationTrainer(DistillationTrainer):
                 **self._redirected(self.teacher_model, self._teacher_scores, inputs),
             }
         self.model.train(training)
+        if "sampled_log_probs" in inputs:
+            scores["row_weights"] = importance_weights(
+                scores["old_log_probs"],
+                inputs["sampled_log_probs"],
+                self.args.vllm_importance_sampling_clip_max,
+            )
         if self._newline_ids is not None:
             scores["span_ids"] = newline_spans(
                 inputs["completion_ids"], self._newline_ids, response_mask=_loss_mask(inputs)
@@ -362,6 +263,7 @@ class GatedDistillationTrainer(DistillationTrainer):
             "old_log_probs": inputs["old_log_probs"],
             "gate": self._normalizer if self.model.training and self._normalizer else self.gate,
             "parallel": self._parallel,
+            "row_weights": inputs.get("row_weights"),
             "response_mask": mask,
             "span_ids": None if spans is None else spans.to(device),
             "temperature": self.temperature,
@@ -371,8 +273,11 @@ class GatedDistillationTrainer(DistillationTrainer):
         }
         options |= {name: x.to(device) for name, x in inputs.items() if name.startswith("teacher_")}
         if args.loss == "sampled":
-            return linear_opd_loss(**options, estimator=args.estimator, clip=args.clip())
-        options |= {"direction": "jsd", "beta": args.beta}  # at 0 and 1 the KLs, as TRL has them
+            return linear_opd_loss(
+                **options, estimator=args.estimator, clip=args.clip(), advantage=args.advantage
+            )
+        # "jsd" is at 0 and 1 the KLs, as TRL has them.
+        options |= {"direction": args.direction, "beta": args.beta}
         if args.loss == "topk":
             unknown = self._words.teacher > self._words.student
             return linear_topk_loss(**options, support=args.support, ignore_unknown_ids=unknown)
