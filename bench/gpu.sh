@@ -31,7 +31,7 @@ cd "$(dirname "$0")/.." || exit 1
 # the suites of which the README has rows; and what of them is this package's or its unit.
 ALL_PARTS='first head ceilings targets logits tests host long steps sweep profile chunks more peers'
 FIRST='compile_on_a_gpu or weights_of_the_caller or pytorch_backend_on_a_gpu or fused_head_waits
-  or gather_in_slices or without_support or shorter_gradient or float32_logits
+  or gather_in_slices or without_support or shorter_gradient or float32_logits or kernels_select
   or (directions_and_supports and truncated)'
 SUITES='linear_topk_loss linear_opd_loss topk_loss opd_loss full_loss'
 MORE='top_k_log_probs linear_top_k_log_probs'  # without rows in the README: gpu.txt alone has them
