@@ -10,14 +10,20 @@ TRITONS := 3.5.1 3.6.0 3.9.0
 # Trainers that do not go with the pinned set: each lies beside it, and is tested by itself.
 TRAINERS := ms-swift skyrl
 
-.PHONY: help test test-integrations trainer-memory lint build/house house distill distill-study fuzz sanitize mutants bench bench-cpu bench-growth \
+.PHONY: help test test-all test-beyond test-integrations trainer-memory lint build/house house distill distill-study fuzz sanitize mutants bench bench-cpu bench-growth \
 	readme-table compat compile-check wheel-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1: \2/p' Makefile
 
-test: .venv/.installed  ## run the tests
-	$(PYTEST)
+# tests/beyond.py lists what the first leaves to the second.
+test: .venv/.installed  ## what it takes to trust an installation: eight minutes on two cores, set-up included
+	$(PYTEST) -m "not beyond"
+
+test-all: test test-beyond  ## every test: twelve minutes more
+
+test-beyond: .venv/.installed
+	$(PYTEST) -m beyond
 
 test-integrations: $(TRAINERS:%=test-%)  ## the integrations whose projects are not in the pinned set
 

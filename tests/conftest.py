@@ -18,6 +18,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from beyond import BEYOND
 
 KERNELS = os.environ.get("DRIFT_GATE_KERNELS", "ttsem")
 
@@ -31,6 +32,11 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        name = f"{item.path.name}::{item.name.split('[')[0]}"
+        reason = BEYOND.get(item.path.name) or BEYOND.get(name)
+        if reason is not None:
+            item.add_marker(pytest.mark.beyond(reason))
     if torch.cuda.is_available() and KERNELS != "interpret":
         return
     reason = "kernels are interpreted" if KERNELS == "interpret" else "no CUDA device"

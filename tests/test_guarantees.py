@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+from beyond import BEYOND
 from mutants.run import plant
 from mutants.table import MUTANTS, Mutant
+
+import drift_gate
 
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "guarantees.md"
@@ -40,6 +44,19 @@ def test_every_report_has_its_answer_and_a_test() -> None:
 def test_each_named_test_exists(file: str, name: str) -> None:
     tree = ast.parse((TESTS / file).read_text())
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_what_make_test_leaves_out_is_there() -> None:
+    """And each public function stands in a file that it does not leave out."""
+    for name in BEYOND:
+        file, _, test = name.partition("::")
+        tree = ast.parse((TESTS / file).read_text())
+        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert not test or test in names, name
+    kept = "".join(p.read_text() for p in TESTS.glob("test_*.py") if p.name not in BEYOND)
+    public = [x for x in drift_gate.__all__ if inspect.isfunction(getattr(drift_gate, x))]
+    assert len(public) > 10
+    assert [name for name in public if not re.search(rf"\b{name}\(", kept)] == []
 
 
 def test_opcheck_sees_every_op() -> None:
