@@ -95,6 +95,8 @@ def touch_lists(n: int, k: int, at_end: bool) -> None:
     for direction in ("reverse", "jsd"):
         for support in ("renormalized", "truncated", "tail"):
             native.topk_rows(scores, scores, teacher, here, on, direction, support, 0.5)
+    hidden, starts, order = pages.place(torch.rand(n, 5), *native.by_word(ids, n * k))
+    native.sum_words(hidden, scores, starts, order)
 
 
 def touch_rows(n: int, at_end: bool) -> None:

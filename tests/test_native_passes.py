@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from support.problems import peaked_logits
 
 from drift_gate.passes import native
 from drift_gate.passes import torch as plain
+from drift_gate.passes.native import library
 
 pytestmark = pytest.mark.skipif(
     native.instruction_set() is None, reason="there is no compiled library"
@@ -201,6 +204,28 @@ def test_a_label_beyond_the_teacher_and_unknown_directions_raise():
         native.divergence(x, x, None, *options, "backward", 0.5, False)
     with pytest.raises(ValueError, match="direction 'mixed'"):
         native.divergence(x, x, None, *options, "mixed", 0.5, False)
+
+
+# 600 words have a row; 2,100 numbers of one are a tile and a part.
+@pytest.mark.parametrize(("width", "vocab"), [(5, 17), (2100, 40), (64, 600)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64], ids=str)
+def test_sums_of_words(kind, dtype, width, vocab, threads):
+    """Of entries in the order that a stable sort gives; -1 and V are no words."""
+    n, k = 13, 7
+    hidden = torch.randn(n, width, generator=seeded(0)).to(dtype)
+    slope = torch.randn(n, k, generator=seeded(1))
+    ids = torch.randint(-1, vocab + 1, (n, k), generator=seeded(2)).to(kind)
+    entries = native.by_word(ids, vocab)
+    for got, expected in zip(entries, plain.by_word(ids, vocab), strict=True):
+        assert torch.equal(got, expected)
+    found = native.sum_words(hidden, slope, *entries)
+    threads(2)
+    with mock.patch.object(library, "FEW_WORDS", 1):
+        assert torch.equal(native.sum_words(hidden, slope, *entries), found)
+    truth = plain.sum_words(hidden.double(), slope.double(), *entries)
+    assert found.dtype == dtype and (found[entries[0].diff() == 0] == 0).all()
+    assert_close(found, truth.to(dtype), rtol=1.01 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_any_number_of_threads_gives_the_same_bits(threads):

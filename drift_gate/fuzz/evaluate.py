@@ -111,7 +111,7 @@ WORDS = (
     (library, "FEW_WORDS"),
     (sums, "PRODUCT_WORDS"),
     (sums, "SLAB_WORDS"),
-    (sparse, "ENTRY_FIXED"),
+    (sparse, "WORDS_OF_AN_ENTRY"),
 )
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import gradients
+from ..passes.memory import empty
 from ..passes.threads import share
 from .check import HeadInputs
 from .chunks import Rows
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
         """New tensors."""
         found = []
         for shape, dtype in self:
-            found.append(gradients.empty(shape, dtype, device))
+            found.append(empty(shape, dtype, device))
         a, b, c, d = found
         return a, b, c, d
 

@@ -18,6 +18,7 @@ from ..options import Parallel, Reduction, refuse
 from ..outputs import LossOutput
 from ..parallel.agreement import meeting
 from ..passes.backends import passes_of, resolve
+from ..passes.memory import empty
 from ..passes.rules import COEFFICIENT, GIVEN, SLOPE, TOKEN_LOSS, limit_of
 from .by_reference import by_reference
 
@@ -225,7 +226,7 @@ def _backward(
     logits = x.logits
     out = logits.detach()
     if not x.inplace:
-        out = gradients.empty(logits.shape, logits.dtype, logits.device)
+        out = empty(logits.shape, logits.dtype, logits.device)
     passes_of(x.backend).divergence_grad(
         logits, x.teacher, statistics, valid, upstream, x.scale, x.teacher_scale, x.direction,
         x.beta, out,

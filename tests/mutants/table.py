@@ -94,7 +94,7 @@ PYTHON = [
     Mutant("products of another rank's words", SPARSE, "slope, listed = slope.masked_fill(listed < 0, 0), listed", "slope, listed = slope, listed", SHARDS),
     Mutant("products without the words listed again", SPARSE, ".scatter_add_(1, listed, slope)", ".scatter_(1, listed, slope)", LISTS),
     Mutant("products of rows without a gradient", SPARSE, "in chunks(valid, head", "in chunks(torch.ones_like(valid), head", LISTS),
-    Mutant("lists never as products", SPARSE, "return vocab * (WORD_FIXED + WORD * width) <= k", "return vocab * (WORD_FIXED + WORD * width) < 0 * k", LISTS),
+    Mutant("lists never as products", SPARSE, "return vocab <= WORDS_OF_AN_ENTRY * k", "return vocab < 0 * k", LISTS),
     Mutant("logit scale not in the slope", SPARSE, "slope = beta if scale == 1 else beta * scale", "slope = beta", LINEAR),
     Mutant("rows of words shifted", TORCH_SPARSE, 'rows = order.div(slope.shape[1], rounding_mode="floor")', 'rows = order.div(slope.shape[1], rounding_mode="floor").clamp(max=3)', LINEAR),
     Mutant("upstream gradient forgotten", HANDING, "whole = factor * upstream", "whole = factor * 1", LINEAR),
@@ -245,6 +245,10 @@ def _native_select(name: str, file: str, old: str, new: str, nth: int = 0) -> Mu
 
 
 C = [
+    _native("a word's last entry forgotten", "words.h", "e < job->starts[word + 1]; e++", "e + 1 < job->starts[word + 1]; e++"),
+    _native("entries of a word not summed", "words.h", "sum[i] += tile[i];", "sum[i] = tile[i];"),
+    _native("words begin where they end", "order.h", "job->starts[word] = next[word];", "job->starts[word] = next[word + 1];"),
+    _native("entries in reverse", "order.h", "++] = e;", "++] = job->entries - 1 - e;"),
     _native("subnormal halves read as normal", "arithmetic.h", "exponent == 0 ? NAME(to_bits)(subnormal) : found", "found"),
     _native("subnormal halves written as normal", "arithmetic.h", "size < 113u << 23 ? subnormal : found", "found"),
     _native("ties away from zero", "arithmetic.h", "0x7fffu + (u >> 16 & 1u)", "0x8000u"),

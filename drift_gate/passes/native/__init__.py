@@ -14,10 +14,11 @@ import os
 
 from torch import Tensor
 
-from ..torch.sparse import by_word, head_gather, sum_words, weigh_words
+from ..torch.sparse import head_gather, weigh_words
 from . import library
 from .divergence import divergence, divergence_grad
 from .rows import finish, measured_rows, valid_rows, weigh
+from .sparse import by_word, sum_words
 from .tensors import KINDS
 from .topk import topk_rows, topk_support
 from .vocabulary import expand, gather, scan, select

@@ -64,6 +64,13 @@ struct divergence_slopes {
     const float *statistics, *upstream;
 };
 
+struct word_sums {
+    struct rows hidden, out; /* [1, N, H], [1, V, H] */
+    int64_t width, words;    /* H, K */
+    const float *slope;      /* [N, K] */
+    const int64_t *starts, *order; /* of by_word */
+};
+
 static int64_t start(struct rows x, int64_t row)
 {
     return row / x.length * x.of_batch + row % x.length * x.of_row;

@@ -21,6 +21,8 @@ POSITION = struct.Struct("@qqqqdddddd")
 REDUCE = struct.Struct("@qqd")
 SUPPORT = struct.Struct("@qqPqPP qq PPPP")
 TOPK = struct.Struct("@qq PPPPP PP qqd")
+BY_WORD = struct.Struct("@qqPq PP")
+WORD_SUMS = struct.Struct(f"@{ROWS}{ROWS} qq P PP")
 
 SIZES = {
     "scan": SCAN.size,
@@ -33,4 +35,6 @@ SIZES = {
     "measured_rows": MEASURED_ROWS.size + GATE.size,
     "support": SUPPORT.size,
     "topk": TOPK.size,
+    "by_word": BY_WORD.size,
+    "sum_words": WORD_SUMS.size,
 }

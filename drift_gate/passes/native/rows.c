@@ -28,6 +28,7 @@ enum { NO_MEMORY = -1 }; /* functions return this, 0, or what is wrong with thei
 #include "gate.h"
 #include "finish.h"
 #include "support.h"
+#include "order.h"
 #include "jobs.h"
 #include "sums.h"
 #include "topk_sums.h"
@@ -85,6 +86,8 @@ int64_t drift_gate_size(const char *job)
         {"measured_rows", sizeof(struct measured)},
         {"support", sizeof(struct support)},
         {"topk", sizeof(struct topk)},
+        {"by_word", sizeof(struct by_word)},
+        {"sum_words", sizeof(struct word_sums)},
     };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (strcmp(sizes[i].job, job) == 0)

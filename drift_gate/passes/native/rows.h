@@ -7,3 +7,4 @@
 #include "expand.h"
 #include "divergence.h"
 #include "topk.h"
+#include "words.h"
