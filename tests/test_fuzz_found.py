@@ -209,6 +209,14 @@ FOUND = {
         "no gate": True,
         "advantages": True,
     },
+    "a batch without rows, whose table could not be seen": {
+        "function": "opd_loss",
+        "batch": "padded",
+        "sequences": 0,
+        "estimator": "k1",
+        "weights as gate": True,
+        "no old log-probs": True,
+    },
 }
 
 
