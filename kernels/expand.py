@@ -4,6 +4,8 @@ Every loss here depends on the logits through logsumexp and K gathered entries, 
 
     grad_v = scale * (alpha * softmax(z)_v + sum_k beta_k [v = i_k])
 
+and where the entropy has a part in the loss, alpha + gamma * log softmax(z)_v stands for alpha.
+
 One write of the gradient; one read of the logits, and none in rows where alpha is 0. The gradient
 may overwrite the logits: each thread reads an element before it writes that element, and the listed
 entries come from `gathered`, which `scan` kept. One listed entry is written with its tile; several
@@ -39,23 +41,37 @@ WAVES = 4  # programs wanted, as multiples of those that run at once: the last w
 
 
 @triton.jit
-def _entry(z, b, top, log_sum, alpha, scale):
-    """Gradient at a listed entry whose betas sum to b."""
+def _slope(log_p, alpha, gamma):
+    """alpha + gamma log p; where p is 0 the product with it is to be 0."""
+    return alpha + gamma * tl.where(log_p < -1e4, -1e4, log_p)
+
+
+@triton.jit
+def _entry(z, b, top, log_sum, alpha, gamma, scale):
+    """Gradient at a listed entry whose betas sum to b; gamma may be None."""
     log_p = (z - top) - log_sum
+    if gamma is not None:
+        alpha = _slope(log_p, alpha, gamma)
     near_one = alpha * expm1_negative(log_p) + (alpha + b)
     g = tl.where(log_p > -0.69, near_one, alpha * tl.exp(log_p) + b)
     return tl.where(alpha == 0.0, b, g) * scale
 
 
 @triton.jit
-def _tile(x_pointers, out_pointers, mask, is_target, target, top, log_sum, alpha, scale):
-    """Write alpha * softmax over one tile, and `target` where `is_target`; either may be None."""
+def _tile(x_pointers, out_pointers, mask, is_target, target, top, log_sum, alpha, gamma, scale):
+    """Write alpha * softmax over one tile, and `target` where `is_target`; each may be None."""
     LOG2_E_: tl.constexpr = LOG2_E
     g = tl.zeros(x_pointers.shape, tl.float32)
-    if alpha != 0.0:
+    live = alpha != 0.0
+    if gamma is not None:
+        live = live | (gamma != 0.0)
+    if live:
         x = tl.load(x_pointers, mask=mask).to(tl.float32)
         log_p = (x * scale - top) - log_sum
-        g = (alpha * scale) * tl.exp2(log_p * LOG2_E_)
+        if gamma is not None:
+            g = (_slope(log_p, alpha, gamma) * scale) * tl.exp2(log_p * LOG2_E_)
+        else:
+            g = (alpha * scale) * tl.exp2(log_p * LOG2_E_)
     if is_target is not None:
         g = tl.where(is_target, target, g)
     tl.store(out_pointers, g.to(out_pointers.dtype.element_ty), mask=mask)
@@ -72,6 +88,7 @@ def _expand(
     valid,  # [N] uint8, or None
     alpha,  # [N] float32
     beta,  # [N, 1] float32
+    gamma,  # [N] float32, or None
     stride_batch,
     stride_row,
     out_stride_batch,
@@ -105,13 +122,16 @@ def _expand(
     if valid is not None:
         live = tl.load(valid + row) != 0
     weight = tl.where(live, tl.load(alpha + row), 0.0)
+    lean = None
+    if gamma is not None:
+        lean = tl.where(live, tl.load(gamma + row), 0.0)
     top = tl.load(maximum + row)
     log_s = tl.load(log_sum + row)
     target = 0.0
     target_column = -1
     if ids is not None:
         b = tl.where(live, tl.load(beta + row), 0.0)
-        target = _entry(tl.load(gathered + row), b, top, log_s, weight, scale)
+        target = _entry(tl.load(gathered + row), b, top, log_s, weight, lean, scale)
         column = tl.load(ids + row)
         known = (column >= 0) & (column < vocab)
         target_column = tl.where(known, column, -1).to(tl.int32) + shift
@@ -125,13 +145,13 @@ def _expand(
         if (start >= shift) & (start + TILE <= vocab + shift):
             _tile(
                 x_pointers + start, out_pointers + start, None,
-                is_target, target, top, log_s, weight, scale,
+                is_target, target, top, log_s, weight, lean, scale,
             )  # fmt: skip
         else:
             mask = (start + lane >= shift) & (start + lane < vocab + shift)
             _tile(
                 x_pointers + start, out_pointers + start, mask,
-                is_target, target, top, log_s, weight, scale,
+                is_target, target, top, log_s, weight, lean, scale,
             )  # fmt: skip
 
 
@@ -145,6 +165,7 @@ def _entries(
     valid,  # [N] uint8, or None
     alpha,  # [N] float32
     beta,  # [N, K] float32
+    gamma,  # [N] float32, or None
     stride_batch,
     stride_row,
     length,
@@ -165,6 +186,9 @@ def _entries(
         live = tl.load(valid + row) != 0
     offset = (row // length) * stride_batch + (row % length) * stride_row
     weight = tl.load(alpha + row)
+    lean = None
+    if gamma is not None:
+        lean = tl.load(gamma + row)
     top = tl.load(maximum + row)
     log_s = tl.load(log_sum + row)
     for start in range(0, K, BLOCK_K):
@@ -178,7 +202,7 @@ def _entries(
             peer_beta = tl.load(beta + row * K + j, mask=j < K, other=0.0)
             same = column[:, None] == peer[None, :]
             b += tl.sum(tl.where(same, peer_beta[None, :], 0.0), 1)
-        g = _entry(z, b, top, log_s, weight, scale)
+        g = _entry(z, b, top, log_s, weight, lean, scale)
         writable = (column >= 0) & (column < vocab) & live
         tl.store(out + offset + column, g.to(out.dtype.element_ty), mask=writable)
 
@@ -194,6 +218,7 @@ def expand(
     beta: Tensor,  # [N, K] float32: d loss / d z[ids]
     scale: float,  # 1 / temperature
     out: Tensor,  # [B, T, V] any float dtype, any outer strides; may be logits
+    gamma: Tensor | None = None,  # [N] float32: d loss / d (minus the entropy); None: 0
 ) -> None:
     """Write d loss / d logits into `out`. Rows that are not valid become 0 and are not read.
 
@@ -209,7 +234,7 @@ def expand(
     tiles = ceil_div(vocab + vector - 1, tile)
     chunks = shares(rows, tiles, TILES_PER_PROGRAM, programs_wanted(logits.device))
     row_data = gathered, maximum, log_sum, None if valid is None else valid.view(torch.uint8)
-    coefficients = alpha, beta
+    coefficients = alpha, beta, gamma
     launch(
         _expand, (rows * chunks,), logits, out, ids if k == 1 else None, *row_data, *coefficients,
         *logits.stride()[:2], *out.stride()[:2], length, vocab, scale, chunks,

@@ -106,6 +106,22 @@ def test_expand(target, dtype, vocab, k):
 
 
 @EACH_VOCAB
+@EACH_DTYPE
+def test_expand_with_the_slope_of_the_entropy(target, dtype, vocab):
+    logits = torch.empty(1, ROWS, vocab, dtype=dtype)
+    ids, entries, row = (
+        torch.zeros(ROWS, 64, dtype=torch.int64),
+        torch.zeros(ROWS, 64),
+        torch.zeros(ROWS),
+    )
+    with compile_only(target) as launches:
+        expand(logits, ids, row, row, entries, None, row, entries, 1.0, logits, row)
+    tiles, listed = (report(launch.kernel) for launch in launches)
+    assert_streams(tiles, 64 if vocab == ALIGNED else 128)
+    assert tiles.widest_store >= 128 and listed.spill_bytes == 0
+
+
+@EACH_VOCAB
 def test_expand_of_float32_logits_to_a_shorter_gradient(target, vocab):
     logits, row = torch.empty(1, ROWS, vocab), torch.zeros(ROWS)
     out = torch.empty(1, ROWS, vocab, dtype=torch.bfloat16)

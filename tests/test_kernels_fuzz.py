@@ -18,6 +18,24 @@ from drift_gate.fuzz.functions import FUNCTIONS
 
 # By what they once showed.
 FOUND = {
+    "words outside the list, which the teacher rules out": {
+        "function": "topk_loss",
+        "rows": 3,
+        "vocab": 33,
+        "special": "-inf words",
+        "support": "truncated",
+        "zero_outside_topk": True,
+    },
+    "and through a head": {
+        "function": "linear_topk_loss",
+        "rows": 3,
+        "vocab": 33,
+        "softcap": 5.0,
+        "chunk size": 2,
+        "direction": "mixed",
+        "support": "truncated",
+        "zero_outside_topk": True,
+    },
     "weights whose squares are none of float32's": {
         "function": "linear_topk_loss",
         "batch": "packed",

@@ -31,6 +31,8 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("linear_opd_loss", {"reduction": "none"}),
     ("linear_topk_loss", {"support": "truncated"}),
     ("linear_topk_loss", {"support": "tail", "reduction": "none"}),
+    ("topk_loss", {"support": "truncated", "zero_outside_topk": True, "gate": None}),
+    ("linear_topk_loss", {"support": "truncated", "zero_outside_topk": True}),
     ("linear_topk_loss", {}),
     ("linear_topk_loss", {"gate": DriftGate(sample_every=3), "return_entropy": True}),
     ("topk_loss", {"gate": DriftGate(sample_every=3)}),

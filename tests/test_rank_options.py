@@ -46,6 +46,7 @@ TOLD: dict[str, tuple[Any, Any, Options]] = {
     "gate.tau": (1.0, 1.5, {}),
     "gate.aggregate": ("mean", "rms", {}),
     "gate.normalize": ("batch", "none", {}),
+    "gate.sample_every": (1, 2, {}),
     "estimator": ("ppo", "importance", {}),
     "clip": (dg.Clip(), dg.Clip(kl=False), {}),
     "clip.low": (0.2, 0.25, {}),
@@ -62,6 +63,7 @@ TOLD: dict[str, tuple[Any, Any, Options]] = {
     "beta": (0.5, 0.25, {"direction": "jsd"}),
     "teacher_temperature": (1.0, 2.0, {}),
     "log_prob_floor": (None, -9.0, {"support": "tail"}),
+    "zero_outside_topk": (False, True, {"support": "truncated"}),
     "ignore_unknown_ids": (False, True, {}),
     "vocab_size": (21, 20, {"labels": torch.zeros(SHAPE, dtype=torch.long)}),
     "temperature": (1.0, 2.0, {}),
@@ -76,9 +78,11 @@ TOLD: dict[str, tuple[Any, Any, Options]] = {
     "head.softcap": (5.0, None, {}),
     "head.logit_scale": (1.0, 2.0, {}),
     "head.chunk_size": (4, 5, {}),
+    "head.logits_dtype": (None, torch.float32, {}),
     "teacher_head.bias": (torch.zeros(21), None, {}),
     "teacher_head.softcap": (5.0, 6.0, {}),
     "teacher_head.logit_scale": (1.0, 2.0, {}),
+    "teacher_head.logits_dtype": (None, torch.float32, {}),
 }
 """Options in which ranks may not differ: two values, and what else they need. ...: as it is."""
 

@@ -31,6 +31,7 @@ HEAD = (
     "chunk_size",
     "logits_dtype",
 )  # of the options: the rest is the loss's
+OUTSIDE = {"support": "truncated", "zero_outside_topk": True, "direction": "mixed"}
 CASES: dict[str, tuple[str, bool, Any, dict[str, Any]]] = {
     f"{form}{', linear' * linear}": (form, linear, GATE, {"return_entropy": True})
     for form, linear in itertools.product(("opd", "topk"), (False, True))
@@ -49,6 +50,9 @@ CASES |= {
     "capped": ("opd", True, GATE, {"softcap": 3.0, "logit_scale": 0.5, "chunk_size": 70}),
     "capped, sparse": ("topk", True, None, {"softcap": 3.0, "logit_scale": 0.5}),
     "capped, word by word": ("topk", True, None, {"softcap": 3.0, "by_word": True}),
+    "none outside": ("topk", False, GATE, OUTSIDE),
+    "none outside, linear": ("topk", True, GATE, OUTSIDE | {"chunk_size": 7}),
+    "none outside, per token": ("topk", True, GATE, OUTSIDE | {"reduction": "none"}),
     "listed words alone": ("topk", False, None, {"without": "labels"}),
     "listed words alone, linear": ("topk", True, None, {"without": "labels"}),
     "sequences": ("opd", True, dg.DriftGate("sequence"), {"chunk_size": 5}),

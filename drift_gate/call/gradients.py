@@ -23,13 +23,15 @@ def expand(
     scale: float,
     shard: Shard,
     inplace: bool,
+    gamma: Tensor | None = None,  # [N]
 ) -> Tensor:
-    """scale * (alpha softmax(z) + sum_k beta_k onehot(ids_k)) of this rank's words."""
+    """scale * ((alpha + gamma log softmax(z)) softmax(z) + sum_k beta_k onehot(ids_k)) of this
+    rank's words."""
     if shard.group:
         ids = own(shard, ids, logits.shape[2])
     out = logits.detach() if inplace else empty(logits.shape, logits.dtype, logits.device)
     passes_of(backend).expand(
-        logits, ids, maximum, log_sum, gathered, valid, alpha, beta, scale, out
+        logits, ids, maximum, log_sum, gathered, valid, alpha, beta, scale, out, gamma
     )
     if inplace:
         overwritten(logits)

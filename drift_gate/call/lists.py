@@ -25,6 +25,13 @@ class Kind(NamedTuple):
     """Log-probs of the listed words are at least this; -inf: no floor."""
     teacher_temperature: float
     """Divides the teacher's log-probs."""
+    outside: bool
+    """The teacher rules out the words that it does not list: see `_add_outside`."""
+
+    @property
+    def share(self) -> float:
+        """Of the reverse KL in the loss."""
+        return {"reverse": 1.0, "mixed": 1 - self.beta}.get(self.direction, 0.0)
 
 
 class Lists(NamedTuple):
@@ -51,6 +58,7 @@ def kind_of(
     beta: float,
     log_prob_floor: float | None = None,
     teacher_temperature: float | None = None,
+    zero_outside_topk: bool = False,
 ) -> Kind:
     """Check the options of the divergence."""
     arguments.option("direction", direction, DIRECTIONS)
@@ -73,8 +81,16 @@ def kind_of(
                 f"distribution (full_loss); got {support!r}"
             )
         temperature = float(teacher_temperature)
+    if zero_outside_topk:
+        if support != "truncated" or direction not in ("reverse", "mixed"):
+            raise ValueError(
+                "zero_outside_topk needs support 'truncated' and direction 'reverse' or 'mixed'; "
+                f"got {support!r} and {direction!r}"
+            )
+        if log_prob_floor is not None:
+            raise ValueError("zero_outside_topk takes no log_prob_floor; got both")
     limit = limit_of(direction, beta, DIRECTIONS)
-    return Kind(limit, support, float(beta), floor, temperature)
+    return Kind(limit, support, float(beta), floor, temperature, bool(zero_outside_topk))
 
 
 def check_beta(beta: float) -> None:
@@ -140,12 +156,13 @@ def divergence(
     present: Tensor,
     valid: Tensor,
     row_weights: Tensor | None = None,
+    entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rows [4, N]: loss, student mass, teacher mass, overlap; the slope [N, K] in the scores.
 
     scores [N, K] of the listed words: logits where the support is renormalised, else log-probs.
-    log_probs [N, K] where a logsumexp is known. A row of weight 0 may hold anything, and has slope
-    0.
+    log_probs [N, K] where a logsumexp is known, entropy [N] where the kind is `outside`. A row of
+    weight 0 may hold anything, and has slope 0.
     """
     low, raised = None, teacher
     if kind.teacher_temperature != 1:
@@ -154,16 +171,46 @@ def divergence(
         low = scores < kind.floor
         scores = scores.clamp(min=kind.floor)
         raised = torch.where(present, teacher.clamp(min=kind.floor), teacher)
+    if kind.outside:
+        raised = teacher.masked_fill(~present, -math.inf).log_softmax(-1)
     rows, slope = run.topk_rows(
         scores, log_probs, raised, present, valid, kind.direction, kind.support, kind.beta
     )
     if raised is not teacher:  # its mass is the list's own
         rows[2] = torch.where(present & valid[:, None], teacher.exp(), 0).sum(-1)
+    if kind.outside:
+        assert entropy is not None
+        _add_outside(kind, rows, slope, scores, present & valid[:, None], entropy)
     if low is not None:
         slope = slope.masked_fill_(low, 0)
     if row_weights is not None:
         slope = slope.masked_fill_(row_weights[:, None] == 0, 0)
     return rows, slope
+
+
+OUTSIDE = 100.0  # minus log q of a word that the teacher rules out, as in NeMo-RL
+
+
+def _add_outside(
+    kind: Kind, rows: Tensor, slope: Tensor, log_p: Tensor, here: Tensor, entropy: Tensor
+) -> None:
+    """Add what the words outside the lists have in the reverse KL to the losses and slopes.
+
+    The sum of p (log p + OUTSIDE) over them is -H - sum_k p log p + OUTSIDE (1 - sum_k p): the
+    entropy H, whose slope `expand` writes, less the listed words.
+    """
+    least = -1e4  # log-probs whose p is 0
+    p = torch.where(here, log_p.exp(), 0)
+    p_log_p = torch.where(here, log_p.clamp(min=least), 0) * p
+    outside = OUTSIDE * (1 - p.sum(-1)) - entropy - p_log_p.sum(-1)
+    rows[0] += torch.where(here.any(-1), kind.share * outside, 0)
+    slope -= kind.share * (p_log_p + (OUTSIDE + 1) * p)
+
+
+def of_entropy(kind: Kind, upstream: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+    """gamma [N] of `expand`, and what it adds to alpha: the row's gradient sums to 0."""
+    gamma = kind.share * upstream
+    return gamma, torch.where(gamma == 0, 0, gamma * entropy)
 
 
 MASSES = "student_mass", "teacher_mass", "overlap", "without_support", "duplicate_words"

@@ -148,6 +148,9 @@ def topk(choose: Choices, student: Student) -> Asked:
         arguments["teacher_temperature"] = choose("teacher temperature", TEMPERATURES)
     else:
         arguments["log_prob_floor"] = choose("log_prob_floor", (None, -2.0, -10.0))
+        outside = support == "truncated" and arguments["direction"] in ("reverse", "mixed")
+        if outside and arguments["log_prob_floor"] is None:
+            arguments["zero_outside_topk"] = choose.flag("zero_outside_topk")
     arguments["teacher_topk_ids"] = (ids.int() if choose.flag("int32 ids") else ids).to(
         choose.device
     )

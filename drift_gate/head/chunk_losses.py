@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..call.lists import Kind, divergence
+from ..call.lists import Kind, divergence, of_entropy
 from ..parallel import words
 from ..passes.rules import NO_GATE, PositionRule, ReduceRule, RowData
 from .check import HeadInputs
@@ -59,8 +59,9 @@ class Chunk:
         )
         self.gathered, self.log_probs, self.maximum, self.log_sum, self.entropy = found
 
-    def gradient(self, alpha: Tensor, beta: Tensor) -> Tensor:
-        """[C, V]: d loss / d (hidden W^T + bias) from alpha [C], beta [C, K]; the logits are lost.
+    def gradient(self, alpha: Tensor, beta: Tensor, gamma: Tensor | None = None) -> Tensor:
+        """[C, V]: d loss / d (hidden W^T + bias) from alpha [C], beta [C, K] and gamma [C]; the
+        logits are lost.
 
         Where there is a cap, float32 logits become their float32 gradient, which is rounded with
         the cap's slope.
@@ -75,6 +76,7 @@ class Chunk:
             self.run.expand(
                 z[None, rows], ids[rows], self.maximum[rows], self.log_sum[rows],
                 self.gathered[rows], None, alpha[rows], beta[rows], scale, out[None, rows],
+                None if gamma is None else gamma[rows],
             )  # fmt: skip
             if kept is not None:
                 uncap(rounded[rows], z[rows], kept, cap)
@@ -166,11 +168,14 @@ class ListedWords:
         whole = torch.ones_like(weights, dtype=torch.bool)
         run = self.common.run
         _, slope = divergence(
-            run, self.kind, log_probs, None, teacher, present, whole, row_weights=weights
+            run, self.kind, log_probs, None, teacher, present, whole, weights, self.chunk.entropy
         )
         slope = slope * weights[:, None]
-        beta = torch.nn.functional.pad(slope, (1, 0))
-        return self.chunk.gradient(-slope.sum(-1), beta)
+        beta, alpha = torch.nn.functional.pad(slope, (1, 0)), -slope.sum(-1)
+        if not self.kind.outside:
+            return self.chunk.gradient(alpha, beta)
+        gamma, more = of_entropy(self.kind, weights, self.chunk.entropy)
+        return self.chunk.gradient(alpha + more, beta, gamma)
 
 
 class WholeVocabulary:

@@ -65,6 +65,7 @@ def linear_topk_loss(
     beta: float = 0.5,
     teacher_temperature: float | None = None,
     log_prob_floor: float | None = None,
+    zero_outside_topk: bool = False,
     ignore_unknown_ids: bool = False,
     gate: Gate = DriftGate(),  # noqa: B008  (frozen)
     row_weights: Tensor | None = None,
@@ -112,7 +113,9 @@ def linear_topk_loss(
     hidden_states, head, shard = local_head(hidden_states, head, parallel)
     with meeting(parallel, position_ids, "" if shard is None else shard.group) as ranks:
         ranks.expect(hidden_states, validate)
-        kind = kind_of(direction, support, beta, log_prob_floor, teacher_temperature)
+        kind = kind_of(
+            direction, support, beta, log_prob_floor, teacher_temperature, zero_outside_topk
+        )
         inputs, student, chosen = take_head(hidden_states, head, temperature, backend, shard)
         needs = needs_of(*inputs[:3])
         call = take_rows(
@@ -277,7 +280,9 @@ def _forward(x: Inputs) -> Tensors:
 
     def finished(results: list[Tensor]) -> Finished:
         log_probs = results[2]
-        found, _ = divergence(run, x.kind, log_probs, log_probs, x.lists.teacher, present, valid)
+        found, _ = divergence(
+            run, x.kind, log_probs, log_probs, x.lists.teacher, present, valid, entropy=results[1]
+        )
         now = _where(valid, results[0] if x.known is None else x.known)
         done = finish(run, x.rows, valid, now, found[0], GIVEN)
         kept.append(masses(found, done.metrics[TOKENS], counts, None, results[1]))
@@ -285,7 +290,8 @@ def _forward(x: Inputs) -> Tensors:
 
     done, sums, factor = walk(work, loss, finished, known=x.known)
     now = _where(valid, loss.results[0] if x.known is None else x.known)
-    entropy = _where(valid, loss.results[1]) if x.entropy else loss.results[1]
+    entropy = loss.results[1]
+    entropy = _where(valid, entropy) if len(entropy) else entropy
     return (
         done.loss, done.table, done.metrics, done.totals, valid, now, entropy, kept[0], words,
         present, *sums, factor,
@@ -293,7 +299,8 @@ def _forward(x: Inputs) -> Tensors:
 
 
 def _loss(x: Inputs, run: Any, words: Tensor, present: Tensor) -> ListedWords:
-    common = Common(run, head_inputs(x), x.labels, x.rule.chunk_size, x.entropy)
+    entropy = x.entropy or x.kind.outside
+    common = Common(run, head_inputs(x), x.labels, x.rule.chunk_size, entropy)
     return ListedWords(common, words, x.lists.teacher, present, x.kind)
 
 
@@ -303,7 +310,7 @@ def _anew(
     """The logits are made again, where only the backward knows what each row is weighed by."""
     table, valid, words, present, teacher = (outputs[i] for i in (1, 4, 8, 9, 15))
     run = passes_of(x.backend)
-    common = Common(run, head_inputs(x), None, x.rule.chunk_size, False)
+    common = Common(run, head_inputs(x), None, x.rule.chunk_size, x.kind.outside)
     loss = ListedWords(common, words, teacher, present, x.kind)
     work = work_of(x, valid, False, Needs(*needs))
     return hand_out(x, gradients_anew(work, loss, upstream_of(table, grads)), None, None, needs)
@@ -314,7 +321,7 @@ def _forward_tokens(x: Inputs) -> Tensors:
 
 
 def _empty_common(x: Inputs) -> Tensors:
-    found = empty_outcome(x.rows, x.lists.teacher, x.entropy)
+    found = empty_outcome(x.rows, x.lists.teacher, x.entropy or x.kind.outside)
     return (*found, empty_masses(x), torch.empty_like(x.lists.ids))
 
 

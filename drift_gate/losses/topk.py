@@ -17,6 +17,7 @@ from ..call.lists import (
     kind_of,
     listed,
     masses,
+    of_entropy,
     take_lists,
 )
 from ..call.logits import of_logits
@@ -46,6 +47,7 @@ def topk_loss(
     beta: float = 0.5,
     teacher_temperature: float | None = None,
     log_prob_floor: float | None = None,
+    zero_outside_topk: bool = False,
     ignore_unknown_ids: bool = False,
     gate: Gate = DriftGate(),  # noqa: B008  (frozen)
     row_weights: Tensor | None = None,
@@ -100,6 +102,10 @@ def topk_loss(
         log_prob_floor: log-probs of listed words, the student's and the teacher's, are at least
             this with the supports "truncated" and "tail" (verl's `log_prob_min_clamp`), and have no
             gradient below.
+        zero_outside_topk: with the support "truncated" and the directions "reverse" and "mixed":
+            the teacher's mass is all on its list, which is renormalised, and every other word adds
+            p (log p + 100), so that the student leaves it (NeMo-RL's option of this name). The
+            forward takes the entropy in the same read, and the backward writes its gradient.
         ignore_unknown_ids: leave out ids of V and more, of a teacher with more words, in place of
             refusing them.
         others: as in `opd_loss`.
@@ -118,7 +124,9 @@ def topk_loss(
     logits, shard = local_words("logits", logits, parallel, -1)
     with meeting(parallel, position_ids, "" if shard is None else shard.group) as ranks:
         ranks.expect(logits, validate)
-        kind = kind_of(direction, support, beta, log_prob_floor, teacher_temperature)
+        kind = kind_of(
+            direction, support, beta, log_prob_floor, teacher_temperature, zero_outside_topk
+        )
         student, batch, chosen, shard = of_logits(logits, shard, inplace_backward, backend)
         call = take_rows(
             student, labels, old_log_probs, gate=gate, response_mask=response_mask,
@@ -203,7 +211,7 @@ def _forward(x: Inputs) -> Tensors:
         label = words[:, :1] if x.labels is None else x.labels[:, None].to(words.dtype)
         every, log_probs, maximum, log_sum, entropy = scan(
             run, x.logits, torch.cat([label, words], 1), valid if measured is None else measured,
-            x.scale, x.entropy, x.shard,
+            x.scale, x.entropy or x.kind.outside, x.shard,
         )  # fmt: skip
         gathered, known = every[:, 1:].contiguous(), log_probs[:, 1:].contiguous()
         scores = gathered if renormalized else known
@@ -213,7 +221,7 @@ def _forward(x: Inputs) -> Tensors:
         scores = gathered = torch.where(measured[:, None], gathered, _gather(run, x, words, others))
         now, entropy = unread(now, others), unread(entropy, others)
     rows, slope = divergence(
-        run, x.kind, scores, known, x.lists.teacher, present, valid, x.rows.row_weights
+        run, x.kind, scores, known, x.lists.teacher, present, valid, x.rows.row_weights, entropy
     )
     done = finish(run, x.rows, valid, now, rows[0], GIVEN, measured)
     sizes = masses(rows, done.metrics[TOKENS], counts, measured, entropy)
@@ -243,11 +251,15 @@ def _backward(
 ) -> list[Tensor | None]:
     """K entries a row, and where the support is not renormalised alpha = -sum beta."""
     of_loss, of_table = grads
-    _, table, _, _, valid, _, _, _, words, gathered, maximum, log_sum, slope = outputs
+    _, table, _, _, valid, _, entropy, _, words, gathered, maximum, log_sum, slope = outputs
     of_token = None if of_table is None else of_table[TOKEN_LOSS]
     upstream = row_gradient(table[SLOPE], table[COEFFICIENT], of_loss, of_token)
     beta = slope * upstream[:, None]
     alpha = torch.zeros_like(upstream) if x.kind.support == "renormalized" else -beta.sum(-1)
+    gamma = None
+    if x.kind.outside:
+        gamma, more = of_entropy(x.kind, upstream, entropy)
+        alpha = alpha + more
     if not maximum.numel():
         maximum = log_sum = torch.zeros_like(upstream)
     return [
@@ -264,6 +276,7 @@ def _backward(
             x.scale,
             x.shard,
             x.inplace,
+            gamma,
         )
     ]
 
@@ -279,7 +292,7 @@ def _empty(x: Inputs) -> Tensors:
     n = ids.shape[0]
     bare = x.kind.support == "renormalized" and x.labels is None and not x.entropy
     return (
-        *empty_outcome(x.rows, teacher, x.entropy), empty_masses(x),
+        *empty_outcome(x.rows, teacher, x.entropy or x.kind.outside), empty_masses(x),
         torch.empty_like(ids), torch.empty_like(teacher), teacher.new_empty(0 if bare else n),
         teacher.new_empty(0 if bare else n), torch.empty_like(teacher),
     )  # fmt: skip
@@ -294,5 +307,7 @@ TOPK = Op(
     outputs=(*Outcome._fields, "masses", "words", "gathered", "maximum", "log_sum", "slope"),
     grads=2,
     differentiable=("logits",),
-    keep=("logits", "table", "valid", "words", "gathered", "maximum", "log_sum", "slope"),
+    keep=(
+        "logits", "table", "valid", "entropy", "words", "gathered", "maximum", "log_sum", "slope",
+    ),
 )  # fmt: skip

@@ -41,11 +41,16 @@ def with_tail(log_p: Tensor) -> Tensor:
 def without_words(log_p: Tensor, words: Tensor, here: Tensor) -> Tensor:
     """What the words that are not listed add to the reverse KL if the teacher rules them out.
 
-    NeMo-RL's zero_outside_topk: sum over them of p (log p - LOG_NOTHING). log_p [..., V] is the
-    student's, here [..., K] says which entries count.
+    NeMo-RL's zero_outside_topk: sum over them of p (log p - LOG_NOTHING), from all words less those
+    listed. log_p [..., V] is the student's, here [..., K] says which entries count.
     """
-    listed = torch.zeros_like(log_p).scatter_add(-1, words, here.to(log_p.dtype)) > 0
-    return kl(log_p.masked_fill(listed, -torch.inf), torch.full_like(log_p, LOG_NOTHING))
+    listed = log_p.gather(-1, words).masked_fill(~here, -torch.inf)
+    rest = 1 - listed.exp().sum(-1)
+    return (
+        kl(log_p, torch.zeros_like(log_p))
+        - kl(listed, torch.zeros_like(listed))
+        - LOG_NOTHING * rest
+    )
 
 
 def student_topk_loss(

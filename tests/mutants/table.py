@@ -24,6 +24,7 @@ TOPK = f"tests/test_torch_backend.py tests/test_topk_loss.py {FUZZ}"
 FULL = f"tests/test_torch_backend.py tests/test_full_loss.py {FUZZ}"
 LINEAR = "tests/test_linear_losses.py tests/test_head_gradients.py tests/test_linear_autograd.py"
 LISTS = "tests/test_head_lists.py"
+OUTSIDE = "tests/test_outside_topk.py"
 OTHERS = "tests/test_other_losses.py"
 SAMPLING = "tests/test_sampling.py"
 WIDE = "tests/test_logits_dtype.py"
@@ -70,6 +71,15 @@ PYTHON = [
     # the fused head
     Mutant("a unit mean for each chunk", WALK, "return weight * relative.to(weight.dtype), factor", "return weight, factor", LINEAR),
     Mutant("sums not moved to other units", WALK, "            sums.multiply(factor)\n", "            pass\n", LINEAR),
+    Mutant("no slope of the entropy", PASS, "z if slope is None else z.mul_(slope)", "z", OUTSIDE),
+    Mutant("words without mass get a slope", PASS, "log_p.clamp(min=LEAST).mul_(gamma)", "(log_p * gamma)", OUTSIDE),
+    Mutant("words outside a list weigh less", "drift_gate/call/lists.py", "(OUTSIDE + 1) * p", "OUTSIDE * p", OUTSIDE),
+    Mutant("words outside a list have the whole of a mixture", "drift_gate/call/lists.py", '"mixed": 1 - self.beta}', '"mixed": 1.0}', OUTSIDE),
+    Mutant("a gradient that does not sum to 0", "drift_gate/call/lists.py", "torch.where(gamma == 0, 0, gamma * entropy)", "gamma * 0", OUTSIDE),
+    Mutant("a teacher that is not renormalised", "drift_gate/call/lists.py", "masked_fill(~present, -math.inf).log_softmax(-1)", "masked_fill(~present, -math.inf)", OUTSIDE),
+    Mutant("no slope of the entropy in C", "drift_gate/passes/native/expand.h", "factor * NAME(slope)(z - log_sum, alpha, gamma)", "factor * alpha", OUTSIDE),
+    Mutant("rows with gamma alone are blank", "drift_gate/passes/native/expand.h", "(!job->gamma || job->gamma[row] == 0)", "1", OUTSIDE),
+    Mutant("no slope of the entropy in the kernel", "kernels/expand.py", "return alpha + gamma * tl.where", "return alpha + 0.0 * tl.where", OUTSIDE, interpreted=True),
     Mutant("a row that is NaN has the say", WALK, "used.abs().nan_to_num_(0.0)", "used.abs()", FOUND),
     Mutant("units never move", WALK, "far = (log_mean > before + FAR) | (before == -torch.inf)", "far = before == -torch.inf", LINEAR),
     Mutant("sums without the denominator", WALK, "(done.table[WEIGHT] * done.table[COEFFICIENT]).take(row)", "done.table[WEIGHT][row]", LINEAR),

@@ -1,8 +1,35 @@
 /* The gradient of statistics and of listed words. */
 
+/* alpha + gamma log p; where p is 0 the product with it is to be 0. */
+INLINE float NAME(slope)(float log_p, float alpha, float gamma)
+{
+    return alpha + gamma * (log_p < -1e4f ? -1e4f : log_p);
+}
+
+/* scale * (alpha + gamma log p) * p of a row, p its softmax. */
+static void NAME(entropy_row)(const struct expand *job, int64_t row)
+{
+    float tile[TILE], top = job->maximum[row], log_sum = job->log_sum[row];
+    float alpha = job->alpha[row], gamma = job->gamma[row];
+    float factor = (float)(exp(-(double)log_sum) * job->scale);
+    for (int64_t at = 0; at < job->vocab; at += TILE) {
+        int64_t n = job->vocab - at < TILE ? job->vocab - at : TILE;
+        int64_t whole = NAME(load)(job->logits, row, at, n, (float)job->scale, tile);
+        for (int64_t i = 0; i < whole; i++) {
+            float z = tile[i] - top;
+            tile[i] = NAME(exp)(z) * factor * NAME(slope)(z - log_sum, alpha, gamma);
+        }
+        NAME(store)(job->out, row, at, n, tile);
+    }
+}
+
 /* scale * alpha * softmax(z) of a row. */
 static void NAME(softmax_row)(const struct expand *job, int64_t row)
 {
+    if (job->gamma) {
+        NAME(entropy_row)(job, row);
+        return;
+    }
     float tile[TILE], top = job->maximum[row];
     float factor = (float)(exp(-(double)job->log_sum[row]) * job->alpha[row] * job->scale);
     for (int64_t at = 0; at < job->vocab; at += TILE) {
@@ -14,12 +41,14 @@ static void NAME(softmax_row)(const struct expand *job, int64_t row)
     }
 }
 
-/* scale * (alpha p + sum of beta) of the row's listed words, from their log-probs in `value`. */
-static void NAME(entry_values)(int64_t words, float alpha, float scale, const float *restrict sum,
-                               float *restrict value)
+/* scale * ((alpha + gamma log p) p + sum of beta) of the row's listed words, from their log-probs
+in `value`. */
+static void NAME(entry_values)(int64_t words, float of_softmax, float gamma, float scale,
+                               const float *restrict sum, float *restrict value)
 {
     for (int64_t k = 0; k < words; k++) {
         float log_p = value[k], p = NAME(exp)(log_p);
+        float alpha = gamma == 0 ? of_softmax : NAME(slope)(log_p, of_softmax, gamma);
         /* alpha p + beta = alpha (p - 1) + (alpha + beta): near p = 1, expm1 keeps the digits of
         p - 1. */
         float near_one = p > 0.5f ? (float)(alpha * expm1(log_p) + (alpha + sum[k])) : 0;
@@ -46,7 +75,8 @@ static void NAME(put_entries)(const struct expand *job, int64_t row, struct entr
         if (owner != k)
             room.sum[owner] += room.sum[k];
     }
-    NAME(entry_values)(words, job->alpha[row], (float)job->scale, room.sum, room.value);
+    float gamma = job->gamma ? job->gamma[row] : 0;
+    NAME(entry_values)(words, job->alpha[row], gamma, (float)job->scale, room.sum, room.value);
     for (int64_t k = 0; k < words; k++)
         if (room.place[k] >= 0)
             NAME(put_word)(job->out, row, room.place[k], room.value[k]);
@@ -55,7 +85,8 @@ static void NAME(put_entries)(const struct expand *job, int64_t row, struct entr
 /* Rows whose softmax is not wanted. */
 static int NAME(is_blank)(const struct expand *job, int64_t row)
 {
-    return job->alpha[row] == 0 || (job->valid && !job->valid[row]);
+    int flat = job->alpha[row] == 0 && (!job->gamma || job->gamma[row] == 0);
+    return flat || (job->valid && !job->valid[row]);
 }
 
 int64_t NAME(expand)(const void *given, int64_t first, int64_t last)

@@ -40,6 +40,7 @@ struct expand {
     int64_t wide, words;
     const float *maximum, *log_sum, *alpha; /* [N] */
     const float *gathered, *beta;           /* [N, K] */
+    const float *gamma;                     /* [N], or NULL */
 };
 
 struct divergences {

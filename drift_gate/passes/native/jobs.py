@@ -10,7 +10,7 @@ ROWS = "Pqqqq"  # data, stride of a batch, of a row, T, kind
 # As jobs.h has them.
 SCAN = struct.Struct(f"@{ROWS} qd PPqq PPPPP")
 SELECT = struct.Struct(f"@{ROWS} qd Pq PPP")
-EXPAND = struct.Struct(f"@{ROWS}{ROWS} qd PPqq PPPPP")
+EXPAND = struct.Struct(f"@{ROWS}{ROWS} qd PPqq PPPPPP")
 DIVERGENCE = struct.Struct(f"@{ROWS}{ROWS} qqdddq PPq PPPP")
 DIVERGENCE_GRAD = struct.Struct(f"@{ROWS}{ROWS}{ROWS} qqqdddq PPP")
 VALID_ROWS = struct.Struct("@qqqq Pq Pq Pqq P")

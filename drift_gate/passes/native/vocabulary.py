@@ -96,20 +96,23 @@ def expand(
     beta: Tensor,  # [N, K]: d loss / d z[ids]
     scale: float,  # 1 / temperature
     out: Tensor,  # [B, T, V], of KINDS, any outer strides; may be the logits
+    gamma: Tensor | None = None,  # [N]: d loss / d (minus the entropy); None: 0
 ) -> None:
-    """Write d loss / d logits into `out`: scale * (alpha softmax(z) + sum_k beta_k onehot(ids_k)).
+    """Write d loss / d logits into `out`: scale * (alpha softmax(z) + sum_k beta_k onehot(ids_k)),
+    with gamma log softmax(z) added to alpha.
 
-    Rows that are not valid become 0 and are not read; nor are rows whose alpha is 0. An id outside
+    Rows that are not valid become 0 and are not read; nor are rows whose alpha (and gamma) is 0. An
+    id outside
     [0, V) writes nothing; ids listed twice in a row receive both betas. A NaN alpha gives NaN.
     The version counter of `out` does not move.
     """
     n, k = ids.shape
     ids = listed(ids)
     _mask, mask_at = booleans(valid, n)
-    _row_data, at = floats(n, maximum, log_sum, alpha)
+    _row_data, at = floats(n, maximum, log_sum, alpha, gamma)
     _word_data, words_at = floats(n * k, gathered, beta)
     job = EXPAND.pack(
         *rows_of(logits, n), *rows_of(out, n), logits.shape[2], scale, mask_at, ids.data_ptr(),
-        ids.dtype is INT64, k, *at, *words_at,
+        ids.dtype is INT64, k, *at[:3], *words_at, at[3],
     )  # fmt: skip
     run("expand", job, n, logits.shape[2] + k)

@@ -3,6 +3,10 @@
     scan    one read             gathered = z[ids], maximum, log_sum = log sum exp(z - maximum)
     expand  one read, one write  out = scale * (alpha softmax(z) + sum_k beta_k onehot(ids_k))
 
+and with a gamma [N] more, for losses in which the entropy has a part,
+
+    out = scale * ((alpha + gamma log softmax(z)) softmax(z) + sum_k beta_k onehot(ids_k))
+
 A few rows at a time pass through blocks of scratch, which hold them in float32 (float64).
 """
 
@@ -12,6 +16,7 @@ import torch
 from torch import Tensor
 
 CPU_WORDS = 1 << 18  # elements of a block for each thread: 1 MiB of float32, which caches hold
+LEAST = -1e4  # a log-prob whose probability is 0 in every dtype
 DEVICE_WORDS = 1 << 26  # elements of a block where there are thousands of threads
 
 
@@ -79,22 +84,35 @@ def expand(
     beta: Tensor,  # [N, K]: d loss / d z[ids]
     scale: float,  # 1 / temperature
     out: Tensor,  # [B, T, V], any float dtype, any strides; may be the logits
+    gamma: Tensor | None = None,  # [N]: d loss / d (minus the entropy); None: 0
 ) -> None:
     """Write d loss / d logits into `out`, computed in float32 (float64) and rounded once.
 
-    Rows that are not valid become 0 and are not read; nor are rows whose alpha is 0. An id outside
-    [0, V) writes nothing; ids listed twice in a row receive both betas. A NaN alpha gives NaN.
+    Rows that are not valid become 0 and are not read; nor are rows whose alpha (and gamma) is 0. An
+    id outside [0, V) writes nothing; ids listed twice in a row receive both betas. A NaN alpha
+    gives NaN.
     """
-    active = alpha != 0 if valid is None else (alpha != 0) & valid
-    factor = (-log_sum).exp_().mul_(alpha).mul_(scale)
+    active = alpha != 0 if gamma is None else (alpha != 0) | (gamma != 0)
+    active = active if valid is None else active & valid
+    factor = (-log_sum).exp_()
+    factor = (factor if gamma is not None else factor.mul_(alpha)).mul_(scale)
     x, y = joined(logits, out)
     (block,) = scratch(x, 1)
     zero(y, ~active)
     for b, rows, at in walk(x, active, len(block)):
         z = read(x, b, rows, scale, block)
-        z.sub_(maximum[at, None]).exp_().mul_(factor[at, None])
-        y[b, rows] = z.to(y.dtype)
-    _put_entries(out, ids, maximum, log_sum, gathered, valid, alpha, beta, scale)
+        z.sub_(maximum[at, None])
+        slope = None
+        if gamma is not None:
+            slope = _slope(z - log_sum[at, None], alpha[at, None], gamma[at, None])
+        z.exp_().mul_(factor[at, None])
+        y[b, rows] = (z if slope is None else z.mul_(slope)).to(y.dtype)
+    _put_entries(out, ids, maximum, log_sum, gathered, valid, alpha, beta, scale, gamma)
+
+
+def _slope(log_p: Tensor, alpha: Tensor, gamma: Tensor) -> Tensor:
+    """alpha + gamma log p; where p is 0 the product with it is to be 0."""
+    return log_p.clamp(min=LEAST).mul_(gamma).add_(alpha)
 
 
 def _put_entries(
@@ -107,13 +125,16 @@ def _put_entries(
     alpha: Tensor,
     beta: Tensor,
     scale: float,
+    gamma: Tensor | None,
 ) -> None:
-    """Overwrite `out` at the listed ids with scale * (alpha p + sum beta)."""
+    """Overwrite `out` at the listed ids with scale * ((alpha + gamma log p) p + sum beta)."""
     if ids.shape[1] > 1:
         beta = _sum_duplicates(ids, beta)
     a = alpha[:, None]
     log_p = (gathered - maximum[:, None]).sub_(log_sum[:, None])
     p = log_p.exp()
+    if gamma is not None:
+        a = _slope(log_p, a, gamma[:, None])
     # alpha p + beta = alpha (p - 1) + (alpha + beta): near p = 1, expm1 keeps the digits of p - 1.
     value = torch.where(p > 0.5, a * log_p.expm1() + (a + beta), a * p + beta)
     value = torch.where(a == 0, beta, value).mul_(scale)
