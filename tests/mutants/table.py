@@ -193,6 +193,11 @@ PYTHON = [
     Mutant("reverse's mean without the difference of the log-sums", DIVERGENCE, "wide(centre) + (log_sum - teacher_log_sum)", "wide(centre)", FULL),
     Mutant("absent words not clamped", DIVERGENCE, ".clamp_(min=LOWEST)", "", FULL),
     Mutant("padding words keep what was there", DIVERGENCE, "    out.detach()[..., words:].zero_()\n", "    pass\n", FULL),
+    # trainers
+    Mutant("verl's importance weights lost", "drift_gate/integrations/verl.py", "weights = weights * rollout_is_weights", "pass", "tests/test_verl_policy.py -k package"),
+    Mutant("vLLM's importance weights lost", "drift_gate/integrations/trl.py", 'inputs.get("row_weights")', "None", "tests/test_trl_options.py -k weigh"),
+    Mutant("vLLM's importance ratios not bounded", "drift_gate/integrations/vllm_samples.py", ".clamp(max=largest)", "", "tests/test_trl_options.py -k importance_weights_of"),
+    Mutant("a mixed divergence of TRL's is the JSD", "drift_gate/integrations/trl.py", '"direction": args.direction', '"direction": "jsd"', "tests/test_trl_options.py -k mixed"),
     # arguments, reduction and spans
     Mutant("dp_size ignored", CALL, "factor, divisor, denominator = float(dp_size), None", "factor, divisor, denominator = 1.0, None", OPD),
     Mutant("loss_scale_factor ignored", CALL, "return float(factor)", "return float(length or 1)", OPD),
