@@ -22,6 +22,7 @@ BEYOND = {
     "test_linear_sharded.py": "two processes",
     # Other projects, which an installation need not have.
     "test_trl.py": "inside TRL",
+    "test_trl_options.py": "inside TRL",
     "test_verl.py": "inside verl",
     "test_verl_policy.py": "inside verl",
     "test_skyrl.py": "inside SkyRL",

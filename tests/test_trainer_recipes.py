@@ -54,33 +54,48 @@ def data():
     }  # fmt: skip
 
 
-def nemo_losses(logits, data, kl_type, weight):
+def nemo_losses(logits, data, kl_type, weight, zero_outside=False):
     """[B, S - 1] of its DistillationLossFn, and the mask."""
-    words = data["teacher_topk_indices"]
-    p = logits.gather(-1, words).log_softmax(-1)[:, :-1]
+    words = data["teacher_topk_indices"][:, :-1]
+    everything = logits.log_softmax(-1)[:, :-1]
+    p = logits[:, :-1].gather(-1, words).log_softmax(-1)
+    if zero_outside:
+        p = everything.gather(-1, words)
     q = data["teacher_topk_logits"].log_softmax(-1)[:, :-1]
     forward, reverse = (q.exp() * (q - p)).sum(-1), (p.exp() * (p - q)).sum(-1)
+    if zero_outside:
+        rest = (everything.exp() * everything).sum(-1) - (p.exp() * p).sum(-1)
+        reverse = reverse + rest + 100 * (1 - p.exp().sum(-1))
     mixed = weight * forward + (1 - weight) * reverse
     mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
     return {"forward": forward, "reverse": reverse, "mixed": mixed}[kl_type], mask
 
 
-@pytest.mark.parametrize("kl_type", ["forward", "reverse", "mixed"])
-def test_nemo_rl_ungated(page, data, kl_type):
+@pytest.mark.parametrize(
+    "kl_type, zero_outside",
+    [("forward", False), ("reverse", False), ("mixed", False), ("reverse", True), ("mixed", True)],
+)
+def test_nemo_rl_ungated(page, data, kl_type, zero_outside):
     logits = draw(BATCH, LENGTH, VOCAB, seed=5).requires_grad_()
     tokens = torch.tensor(40.0)  # of the global batch
-    losses, mask = nemo_losses(logits, data, kl_type, 0.3)
+    losses, mask = nemo_losses(logits, data, kl_type, 0.3, zero_outside)
     expected = (losses * mask).sum() / tokens
     (gradient,) = torch.autograd.grad(expected, logits)
     without = {name: x for name, x in data.items() if "logprobs" not in name}
     for given, gate in ((without, dg.DriftGate()), (data, None), (data, dg.DriftGate(tau=0.0))):
-        loss, metrics = page.GatedDistillationLoss(kl_type, 0.3, gate)(
+        loss, metrics = page.GatedDistillationLoss(kl_type, 0.3, zero_outside, gate=gate)(
             logits=logits, data=given, global_valid_seqs=torch.tensor(8.0),
             global_valid_toks=tokens,
         )  # fmt: skip
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], gradient)
         assert metrics["loss"] == pytest.approx(expected.item()) and metrics["num_valid_samples"]
+
+
+def test_nemo_rl_forward_without_the_rest_is_refused(page, data):
+    loss = page.GatedDistillationLoss("forward", zero_outside_topk=True)
+    with pytest.raises(ValueError, match="zero_outside_topk"):
+        loss(draw(BATCH, LENGTH, VOCAB), data, torch.tensor(8.0), torch.tensor(40.0))
 
 
 def test_nemo_rl_gated_with_importance_weights(page, data):
