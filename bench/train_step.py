@@ -18,7 +18,7 @@ from drift_gate import eager, linear_opd_loss, linear_topk_loss, opd_loss, topk_
 
 from .bounds import Bounds, TooLong, within
 from .cases import Case
-from .harness import CUT, UNREACHED, forget, machine, reason_of
+from .harness import CUT, OUT_OF_MEMORY, UNREACHED, forget, machine, reason_of
 from .measure import peak_bytes, quartiles, seconds
 from .names import LAYERS, STEP
 from .peers import plain, sampled
@@ -271,8 +271,12 @@ def _rounds(
     for i in range(bounds.rounds):
         if bounds.left() < longest:
             break
-        for name, step in steps.items():
-            found[name].append([step.seconds()])
+        for name, step in list(steps.items()):
+            try:
+                found[name].append([step.seconds()])
+            except torch.OutOfMemoryError:  # among what the others leave, where it fitted alone
+                results[name].left_out, results[name].seconds = OUT_OF_MEMORY, []
+                del steps[name], found[name]
             step.forget()
         for name, seconds_ in found.items():
             results[name].seconds = seconds_

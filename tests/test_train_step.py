@@ -80,8 +80,21 @@ def test_whoever_computes_another_loss_or_fails_has_no_bar(dry: Any) -> None:
 
         return loss
 
+    def grows(x: Any) -> Any:
+        """Warm three times, and then no longer."""
+        steps = iter((train_step.ENTRIES[1].make(x),) * 3)
+
+        def loss(hidden: Any) -> Any:
+            eager = next(steps, None)
+            if eager is None:
+                raise torch.OutOfMemoryError("no memory")
+            return eager(hidden)
+
+        return loss
+
     entries = (
         *train_step.ENTRIES[:2],
+        train_step.Entry("growing", grows, train_step.OPD),
         train_step.Entry("another", ungated, train_step.OPD),
         train_step.Entry("large", broken, train_step.OPD),
     )
@@ -89,9 +102,10 @@ def test_whoever_computes_another_loss_or_fails_has_no_bar(dry: Any) -> None:
     found = suite.measure(dry, CPU, Bounds(1))
     assert found["another"].left_out.startswith("wrong: its gradient has norm")
     assert found["another"].seconds == []
-    assert found["large"].left_out == harness.OUT_OF_MEMORY
+    assert found["large"].left_out == found["growing"].left_out == harness.OUT_OF_MEMORY
+    assert found["growing"].seconds == [] and len(found[train_step.OPD].seconds) == 1
     (steps,) = step_report.found_in(found.values())
-    assert {bar.name for bar in steps.bars} == {LAYERS, train_step.OPD, "large"}
+    assert {bar.name for bar in steps.bars} == {LAYERS, train_step.OPD, "large", "growing"}
     assert set(steps.left_out) == {"another"}
     assert "out of memory" in "\n".join(step_report.markdown(found.values()))
 
