@@ -299,12 +299,14 @@ def test_arguments_that_do_not_fit(tmp_path):
         FixedGated(args=plain, teacher_model=tiny.model(2), train_dataset=prompts, **common)
 
 
-@pytest.mark.parametrize("missing", ["the package", "a module", "a method"])
+@pytest.mark.parametrize("missing", ["the package", "a module", "a method", "the version"])
 def test_a_missing_or_other_trl_is_named(monkeypatch, missing):
     for name in ("trl", "trl_config"):
         monkeypatch.delitem(sys.modules, f"drift_gate.integrations.{name}")
     if missing == "a method":
         monkeypatch.delattr(DistillationTrainer, "_get_last_hidden_state")
+    elif missing == "the version":
+        monkeypatch.setattr("trl.__version__", "1.17.0")
     else:
         name = {"the package": "trl", "a module": "trl.trainer.utils"}[missing]
         monkeypatch.setitem(sys.modules, name, None)

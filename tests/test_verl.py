@@ -284,13 +284,15 @@ def test_what_is_not_supported_says_so(registered):
         integration.register("gated_lsm", "k3")
 
 
-@pytest.mark.parametrize("missing", ["the package", "a function"])
+@pytest.mark.parametrize("missing", ["the package", "a function", "the version"])
 def test_a_missing_or_other_verl_is_named(monkeypatch, missing):
     monkeypatch.delitem(sys.modules, integration.__name__)
     if missing == "the package":
         monkeypatch.setitem(sys.modules, "verl.trainer.distillation.losses", None)
-    else:
+    elif missing == "a function":
         monkeypatch.delattr(losses, "compute_topk_loss")
+    else:
+        monkeypatch.setattr("verl.__version__", "0.90.0")
     wanted = r"drift_gate.integrations.verl needs verl 0.9: pip install 'verl==0.9.\*'; got .+"
     with pytest.raises(ImportError, match=wanted):
         importlib.import_module(integration.__name__)

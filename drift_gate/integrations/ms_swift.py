@@ -29,9 +29,9 @@ try:
     from swift.rlhf_trainers.gkd_loss import DataSource, TeacherOutput
     from swift.rlhf_trainers.gkd_trainer import GKDTrainer
     from swift.trainers.trainer_factory import TrainerFactory
-    from swift.version import __version__ as found
+    from swift.version import __version__ as found_version
 
-    check_version("ms-swift", WANTED, found)
+    check_version("ms-swift", WANTED, found_version)
 except (ImportError, AttributeError, RuntimeError) as reason:  # its lazy modules raise the last
     raise unusable("ms-swift", WANTED, reason) from reason
 

@@ -22,10 +22,10 @@ from . import check_version, unusable
 WANTED = "0.4"
 
 try:
-    from skyrl import __version__ as found
+    from skyrl import __version__ as found_version
     from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry, register_policy_loss
 
-    check_version("skyrl", WANTED, found)
+    check_version("skyrl", WANTED, found_version)
 except (ImportError, AttributeError, RuntimeError) as reason:  # pydantic raises the last
     raise unusable("skyrl", WANTED, reason) from reason
 

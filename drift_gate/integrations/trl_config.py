@@ -9,12 +9,15 @@ from .. import Clip, DriftGate
 from ..call.arguments import number, option
 from ..call.lists import kind_of
 from ..choices import ADVANTAGES, ESTIMATORS, Advantage, Aggregate, Support
-from . import unusable
+from . import check_version, unusable
 
 WANTED = "1.16"
 
 try:
     from trl import DistillationConfig
+    from trl import __version__ as found_version
+
+    check_version("trl", WANTED, found_version)
 except (ImportError, AttributeError, RuntimeError) as reason:  # TRL's lazy modules raise the last
     raise unusable("trl", WANTED, reason) from reason
 

@@ -21,17 +21,19 @@ from .. import DriftGate, gate_weights, gather_lse, newline_spans
 from ..call import lists
 from ..call.arguments import option, wrong_type
 from ..passes.backends import passes_of, resolve
-from . import unusable
+from . import check_version, unusable
 
 WANTED = "0.9"
 
 try:
     import verl.trainer.distillation.losses as losses
+    from verl import __version__ as found_version
     from verl.trainer.ppo import core_algos
     from verl.utils.metric import AggregationType, Metric
     from verl.utils.ulysses import get_ulysses_sequence_parallel_world_size, slice_input_tensor
     from verl.workers.utils.padding import no_padding_2_padding
 
+    check_version("verl", WANTED, found_version)
     stock_topk_loss = losses.compute_topk_loss
     register_loss, Settings = losses.register_distillation_loss, losses.DistillationLossSettings
     register_policy_loss, kl_penalty = core_algos.register_policy_loss, core_algos.kl_penalty
