@@ -11,7 +11,7 @@ TRITONS := 3.5.1 3.6.0 3.9.0
 TRAINERS := ms-swift skyrl
 
 .PHONY: help test test-all test-beyond test-integrations trainer-memory lint build/house house distill distill-study fuzz sanitize mutants bench bench-cpu bench-growth \
-	readme-table compat compile-check wheel-check clean
+	readme-table page-pictures docs docs-serve compat compile-check wheel-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1: \2/p' Makefile
@@ -53,7 +53,7 @@ distill: .venv/.installed  ## train a small student from a small teacher in six 
 
 # Ctrl-C at any time: the next call goes on. A folder of earlier runs is STUDY=FOLDER.
 STUDY ?= runs/study
-distill-study: .venv/.installed  ## the README's comparison: 90 runs, hours
+distill-study: .venv/.installed  ## the docs' comparison: 90 runs, hours
 	$(BIN)/python -m drift_gate distill $(if $(wildcard $(STUDY)/settings.json),--resume $(STUDY), \
 	  --seeds 5 --epochs 1 --epochs 2 --epochs 4 --out $(STUDY))
 	$(BIN)/python -m drift_gate.bench.distill.study $(STUDY)
@@ -71,7 +71,7 @@ mutants: .venv/.installed  ## plant small faults one by one: the tests must fail
 bench: .venv/.installed  ## every pass and loss beside its peers; SUITES="scan opd_loss" for some
 	$(BIN)/python -m drift_gate bench $(SUITES)
 
-bench-cpu: .venv/.installed  ## the README's figures on a CPU, in half an hour
+bench-cpu: .venv/.installed  ## the docs' figures on a CPU, in half an hour
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m drift_gate bench --grid targets --device cpu \
 	  --budget 1500
 
@@ -79,9 +79,23 @@ bench-growth: .venv/.installed  ## time a token and memory over 64 times the row
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m drift_gate bench --grid growth --device cpu \
 	  --budget 1500 --rounds 3 opd_loss topk_loss full_loss linear_opd_loss linear_topk_loss
 
-readme-table: .venv/.installed  ## write the README's figures from the committed results
+readme-table: .venv/.installed  ## write the figures of README and docs from the committed results
 	$(BIN)/python -m drift_gate.bench.readme_table
 	$(BIN)/python -m drift_gate.bench.distill.study
+
+page-pictures: .venv/.installed  ## draw the gate and an eager loss's memory for the docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m drift_gate.bench.page_pictures
+
+docs: .venv/docs/.installed  ## the site, in site/: a broken link or an argument without its words fails
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict
+
+docs-serve: .venv/docs/.installed  ## the site, at port 8000, as it is written
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs serve
+
+.venv/docs/.installed: docs/requirements.txt
+	$(PYTHON) -m venv .venv/docs
+	.venv/docs/bin/python -m pip install --disable-pip-version-check --retries 10 -r $<
+	touch $@
 
 compile-check: $(TRITONS:%=compile-check-%)  ## compile the kernels under other versions of Triton
 
@@ -111,7 +125,7 @@ wheel-check: .venv/.installed  ## build the wheel from the sdist, and import it 
 	  assert all(module.__file__.startswith(os.getcwd()) for module in (kernels, bench))"
 
 clean:  ## remove .venv and everything built
-	rm -rf .venv build dist *.egg-info drift_gate/passes/native/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info drift_gate/passes/native/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # ttsem asks for Python 3.12, and runs on less.

@@ -1,28 +1,37 @@
-"""Write the README's tables and pictures from the committed results: `make readme-table`."""
+"""Write the tables and pictures of README and docs from the committed results: `make readme-table`.
+
+The README has the picture of a training step and one short table; docs/benchmarks.md everything.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from . import chunks, growth, step_report, targets
+from . import chunks, growth, short_table, step_report, targets
 from .plots import save
 from .record import Result, read
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- figures: make readme-table -->", "<!-- end of figures -->"
 
 
 def figures(results: list[Result]) -> str:
-    """What stands between the README's marks."""
+    """What stands between the marks of docs/benchmarks.md."""
     return "\n".join(
         [
+            *step_report.markdown(results),
             *targets.tables(results),
             *chunks.markdown(RESULTS),
             *growth.markdown(results),
-            *step_report.markdown(results),
         ]
     )
+
+
+def first_screen(results: list[Result]) -> str:
+    """What stands between the README's marks."""
+    return "\n".join([*short_table.markdown(results), ""])
 
 
 def pictures(results: list[Result]) -> list[Path]:
@@ -36,13 +45,18 @@ def pictures(results: list[Result]) -> list[Path]:
     return list(written.values())
 
 
-def main() -> None:
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
+def between_marks(path: Path, text: str) -> str:
+    """The file's text with `text` between its marks."""
+    before, rest = path.read_text().split(BEGIN)
     _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{text}{END}{after}"
+
+
+def main() -> None:
     results = read(RESULTS) if RESULTS.exists() else []
     pictures(results)
-    readme.write_text(f"{before}{BEGIN}\n{figures(results)}{END}{after}")
+    for path, text in ((README, first_screen(results)), (PAGE, figures(results))):
+        path.write_text(between_marks(path, text))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from drift_gate.bench import (
     readme_table,
     record,
     report,
+    short_table,
     summary,
     targets,
     verdict,
@@ -191,6 +192,34 @@ def test_committed_results_fill_the_rows_of_the_readme():
     gpu, cpu = text.split("Targets on a CPU")
     assert "NVIDIA H200" in gpu and "3 GEMMs" in gpu and gpu.count(" ms") > 10
     assert "x eager" in cpu
+
+
+def test_the_pages_are_those_of_the_committed_results():
+    """`make readme-table` writes them."""
+    results = record.read(readme_table.RESULTS)
+    short = readme_table.first_screen(results)
+    assert short.count("**") == 4 and short.count(" ms, ") == 2 * 3 * len(short_table.LINES)
+    for path, text in (
+        (readme_table.README, short),
+        (readme_table.PAGE, readme_table.figures(results)),
+    ):
+        assert readme_table.between_marks(path, text) == path.read_text()
+
+
+def test_the_short_table_leaves_out_what_is_wrong_or_missing():
+    row = next(target for target in targets.CPU if target.implementation == targets.INPLACE)
+    ours, eager = (
+        dataclasses.replace(
+            made_up(1.0, row.suite, implementation=name, extra_bytes=1 << 29),
+            case=row.case._asdict(),
+        )
+        for name in (targets.INPLACE, "eager")
+    )
+    assert short_table.markdown([eager]) == short_table.markdown([])
+    *_, line = short_table.markdown([ours, eager])
+    assert line.endswith("| 1,100 ms, 0.5 GiB |  | 1,100 ms, 0.5 GiB |")
+    never = dataclasses.replace(eager, seconds=[])
+    assert short_table.markdown([ours, never])[-1].endswith(" |  |  | 1,100 ms, 0.5 GiB |")
 
 
 def test_growth_of_the_cost():

@@ -102,8 +102,8 @@ def test_a_study_shows_every_variant_and_its_gain(finished: tuple[Path, str]) ->
     assert "Of 4 gains" in lines[-1]
 
 
-def test_the_readme_shows_the_committed_study() -> None:
-    shown = (study.ROOT / "README.md").read_text().split(study.BEGIN)[1].split(study.END)[0]
+def test_the_page_shows_the_committed_study() -> None:
+    shown = study.PAGE.read_text().split(study.BEGIN)[1].split(study.END)[0]
     committed = json.loads(study.RESULTS.read_text())
     assert shown.strip() == "\n".join(study.section(committed))
     assert {row["seeds"] for row in committed["rows"][2:]} == {5}

@@ -1,8 +1,8 @@
-"""The README's comparison of gated and ungated runs: `make distill-study`, then `readme-table`.
+"""The docs' comparison of gated and ungated runs: `make distill-study`, then `readme-table`.
 
 python -m drift_gate.bench.distill.study FOLDER takes the finished runs of a folder of
-`drift-gate distill` into bench/results/distill_study.json, and the README's table from there.
-Without a folder it writes the table alone.
+`drift-gate distill` into bench/results/distill_study.json, and the table of docs/distillation.md
+from there. Without a folder it writes the table alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .settings import Job, jobs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "bench" / "results" / "distill_study.json"
+PAGE = ROOT / "docs" / "distillation.md"
 BEGIN, END = "<!-- distillation: make readme-table -->", "<!-- end of distillation -->"
 
 
@@ -55,7 +56,7 @@ def collect(work: Work) -> dict[str, Any]:
 
 
 def section(found: dict[str, Any] | None) -> list[str]:
-    """The README's lines: the table, or that there is none yet."""
+    """The page's lines: the table, or that there is none yet."""
     if found is None:
         return ["Gated against ungated runs: not measured."]
     chosen, machine = found["settings"], found["machine"]
@@ -106,8 +107,8 @@ def _interval(figure: dict[str, Any], form: str) -> str:
     return f"{figure['mean']:{form}} ({report.interval(figure, form)})"
 
 
-def write_readme(path: Path, results: Path) -> None:
-    """Replace what lies between the README's marks."""
+def write_page(path: Path, results: Path) -> None:
+    """Replace what lies between the page's marks."""
     found = json.loads(results.read_text()) if results.exists() else None
     before, rest = path.read_text().split(BEGIN)
     _, after = rest.split(END)
@@ -116,13 +117,13 @@ def write_readme(path: Path, results: Path) -> None:
 
 
 def main() -> None:
-    """Collect, if there is a folder; then write the README."""
+    """Collect, if there is a folder; then write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path)
     folder = parser.parse_args().folder
     if folder is not None:
         files.write_json(RESULTS, collect(command.resume(folder)))
-    write_readme(ROOT / "README.md", RESULTS)
+    write_page(PAGE, RESULTS)
 
 
 if __name__ == "__main__":
