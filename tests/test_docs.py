@@ -13,7 +13,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from drift_gate import Clip
 from drift_gate.passes import native
 from drift_gate.passes.backends import HAS_TRITON
 
@@ -44,6 +46,33 @@ def test_a_loss_of_ones_own() -> None:
     space: dict[str, object] = {}
     for block in code:
         exec(compile(block, "add_a_loss.md", "exec"), space)
+
+
+def test_the_quickstart() -> None:
+    space: dict[str, object] = {}
+    for block in blocks("quickstart.md", "python"):
+        exec(compile(block, "quickstart.md", "exec"), space)
+    assert space["result"].loss.isfinite()  # type: ignore[attr-defined]
+
+
+def test_the_drop_in_of_the_readme_is_the_loss_that_it_replaces() -> None:
+    """Ungated, as the eager lines are."""
+    text = (ROOT / "README.md").read_text()
+    before, after = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    torch.manual_seed(0)
+    mask = torch.rand(2, 70) < 0.9
+    values = dict(
+        zip(("old", "teacher"), -torch.rand(2, 2, 70), strict=True), mask=mask, torch=torch
+    )
+    values["labels"] = torch.randint(501, (2, 70))
+    source = 3 * torch.randn(2, 70, 501)
+    values["old"] = source.log_softmax(-1).gather(-1, values["labels"][..., None])[..., 0] + 0.1
+    spaces = [values | {"logits": source.clone().requires_grad_()} for _ in range(2)]
+    exec(before, spaces[0])
+    exec(after.replace("gate=gate", "gate=None, clip=Clip(dual=None)"), spaces[1] | {"Clip": Clip})
+    gradients = [space["logits"].grad for space in spaces]
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.fixture
