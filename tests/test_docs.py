@@ -69,7 +69,10 @@ def test_the_drop_in_of_the_readme_is_the_loss_that_it_replaces() -> None:
     values["old"] = source.log_softmax(-1).gather(-1, values["labels"][..., None])[..., 0] + 0.1
     spaces = [values | {"logits": source.clone().requires_grad_()} for _ in range(2)]
     exec(before, spaces[0])
-    exec(after.replace("gate=gate", "gate=None, clip=Clip(dual=None)"), spaces[1] | {"Clip": Clip})
+    exec(
+        after.replace("response_mask", "gate=None, clip=Clip(dual=None), response_mask"),
+        spaces[1] | {"Clip": Clip},
+    )
     gradients = [space["logits"].grad for space in spaces]
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients)
