@@ -91,7 +91,7 @@ def conclude(
     tl.store(out + 8, kl * over_drifts)
     tl.store(out + 9, n_valid.to(tl.float32))
     tl.store(out + 10, floored)
-    peak = most.to(tl.float64) * 0.0
+    peak = n_valid.to(tl.float64) * 0.0  # `most` may be NaN
     log_mean = peak
     if GATE == "batch":
         INFINITE: tl.constexpr = LARGEST_DRIFT

@@ -18,6 +18,16 @@ from drift_gate.fuzz.functions import FUNCTIONS
 
 # By what they once showed.
 FOUND = {
+    "a gate that is NaN, where no mean is asked for, in the other micro-batches": {
+        "function": "opd_loss",
+        "batch": "padded",
+        "sequences": 3,
+        "length": 2,
+        "seed": 5,
+        "normalize": "none",
+        "drift": "nan",
+        "micro-batches": 3,
+    },
     "words outside the list, which the teacher rules out": {
         "function": "topk_loss",
         "rows": 3,
