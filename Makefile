@@ -11,7 +11,7 @@ TRITONS := 3.5.1 3.6.0 3.9.0
 TRAINERS := ms-swift skyrl
 
 .PHONY: help test test-all test-beyond test-integrations trainer-memory lint build/house house distill distill-study fuzz sanitize mutants bench bench-cpu bench-growth \
-	readme-table page-pictures docs docs-serve compat compile-check wheel-check clean
+	readme-table page-pictures docs docs-serve compat compile-check wheel-check wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1: \2/p' Makefile
@@ -123,6 +123,16 @@ wheel-check: .venv/.installed  ## build the wheel from the sdist, and import it 
 	cd dist/site && ../../$(BIN)/python -c "import os; \
 	  import drift_gate.kernels.scan as kernels, drift_gate.bench.targets as bench; \
 	  assert all(module.__file__.startswith(os.getcwd()) for module in (kernels, bench))"
+
+wheels: .venv/wheels/.installed  ## manylinux wheels for every Python, with the functions in C (needs Docker)
+	.venv/wheels/bin/python -m cibuildwheel --platform linux --output-dir dist
+	for wheel in dist/*manylinux*.whl; do \
+	  $(PYTHON) -m zipfile -l $$wheel | grep -q passes/native/_rows || { echo "$$wheel has no C" >&2; exit 1; }; done
+
+.venv/wheels/.installed:
+	$(PYTHON) -m venv .venv/wheels
+	.venv/wheels/bin/python -m pip install --disable-pip-version-check --retries 10 cibuildwheel==4.3.5
+	touch $@
 
 clean:  ## remove .venv and everything built
 	rm -rf .venv build dist site *.egg-info drift_gate/passes/native/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -12,11 +12,13 @@ class Clip:
     """How far the sampled-token losses follow the ratio r = pi / pi_old and the advantage A.
 
     Args:
-        low, high: PPO holds r within [1 - low, 1 + high] (Schulman et al. 2017); at least 0.
+        low: PPO holds r at 1 - low at least (Schulman et al. 2017); 0 or more.
+        high: PPO holds r at 1 + high at most; 0 or more.
         dual: for A < 0 the loss is at most -dual * A (dual clip, arXiv 1912.09729); above 1. None
             leaves it off.
         advantage: bounds A to [-advantage, advantage], or to [low, high] where two numbers are
             given; None for no bound.
+        kl: the estimator "k3" is held at 10 nats, with no gradient beyond; False leaves it free.
     """
 
     low: float = 0.2

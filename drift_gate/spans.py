@@ -41,7 +41,8 @@ def newline_spans(
         newline_ids: ids of the tokens that end a line: one, several, or an integer tensor.
         response_mask: the shape of labels, not 0 where valid; None for labels of 0 or more.
         cu_seqlens: [B + 1] borders of the sequences of a packed [N] batch.
-        min_length, max_length: positions; 1 <= min_length <= max_length.
+        min_length: positions that a span has at least, where the text allows; at least 1.
+        max_length: positions that a span has at most; at least min_length.
 
     Returns:
         int64, the shape of labels: 0, 1, ... in each sequence, -1 outside its response.

@@ -44,15 +44,22 @@ class GatedDistillationConfig(DistillationConfig):
         loss: "sampled" (`linear_opd_loss`), "topk" (`linear_topk_loss`), "full"
             (`linear_full_loss`).
         advantage: of "sampled": "old" (the paper's) or "current", refreshed in each step.
-        estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c, advantage_clip: of "sampled"; the
-            clips are low, high, dual and advantage of `Clip`.
-        teacher_top_k, support: of "topk"; with beta = 1 and "renormalized" it is LSM.
+        estimator: of "sampled": the position loss, as `opd_loss` names them.
+        clip_ratio_low: of "sampled": `Clip.low`.
+        clip_ratio_high: of "sampled": `Clip.high`.
+        clip_ratio_c: of "sampled": `Clip.dual`.
+        advantage_clip: of "sampled": `Clip.advantage`.
+        teacher_top_k: of "topk": words that the teacher lists.
+        support: of "topk": "renormalized" (with beta = 1 it is LSM), "truncated" or "tail".
         direction: of "topk": "jsd", or "mixed", beta forward KL + (1 - beta) reverse (NeMo-RL's
             default, at 0.5).
         vllm_importance_sampling_clip_max: weighs each token by the ratio of the old policy and of
             what vLLM sampled from, at most this (TRL's GRPO: "token_truncate"). None: no weights.
         gate_granularity: "block", "span" (lines of the response), "token", "sequence", or "off".
-        gate_block_size, gate_tau, gate_aggregate, gate_sample_every: see `DriftGate`.
+        gate_block_size: positions of a "block".
+        gate_tau: inverse temperature of the gate; 0 makes every weight 1.
+        gate_aggregate: a block's drift from its positions': "mean", "mean_abs", "rms", "max_abs".
+        gate_sample_every: every how many positions of a block the drift is measured.
         logits_dtype: None, or "float32" as TRL's own loss has them: `Head.logits_dtype` of student
             and teacher, for the old log-probs, too.
     """

@@ -64,29 +64,72 @@ def full_loss(
     the student's gradient; nothing else has the size of the logits. The teacher gets no gradient.
 
     Args:
-        logits: [B, T, V], [N, V]; as in `opd_loss`.
-        labels, old_log_probs: as in `opd_loss`, for the gate's drift; None is allowed without it.
-            Without labels every position is valid but for the response_mask.
+        logits: [B, T, V], [N, V]; bfloat16, float16, float32 (float64 with the PyTorch backend).
+            Last dimension contiguous, outer strides free.
+        labels: [B, T] or [N], int64 or int32, aligned: row t of the logits predicts labels[t]. They
+            are for the gate's drift: None is allowed without it, and every position is then valid
+            but for the response_mask.
+        old_log_probs: the shape of labels, nats: the sampling policy's, for the gate's drift; None
+            is allowed without it.
         teacher_logits: the leading shape of logits, any float dtype, last dimension contiguous,
-            outer strides free. Where the student's logit is -inf the word has no part in
-            "reverse"; a word that only the teacher excludes makes "reverse" infinite, one that
-            only the student excludes "forward". "jsd" is finite for 0 < beta < 1. Where the loss is
-            infinite the gradient is not to be used. Logits below -1e30, as of words masked with
-            the lowest number of bfloat16 or float32, have no mass either: finite losses are those
-            of -inf, and where that is infinite the CPU may give a large number.
-        direction, beta: as above; beta weighs the teacher in the mixture, 0 <= beta <= 1.
+            outer strides free. Where the student's logit is -inf the word has no part in "reverse";
+            a word that only the teacher excludes makes "reverse" infinite, one that only the
+            student excludes "forward". "jsd" is finite for 0 < beta < 1. Where the loss is infinite
+            the gradient is not to be used. Logits below -1e30, as of words masked with the lowest
+            number of bfloat16 or float32, have no mass either: finite losses are those of -inf, and
+            where that is infinite the CPU may give a large number.
+        direction: "reverse", "forward" or "jsd", as above.
+        beta: weighs the teacher in the mixture of "jsd"; from 0 to 1. The others do not read it.
         teacher_temperature: divides the teacher's logits; None for `temperature`.
         vocab_size: how many leading words student and teacher share, where the rest is padding of
             the embedding: only these are used, and the student's others get zero gradient. Needed
             where the two differ in V.
-        others: as in `opd_loss`.
+        gate: `DriftGate`, or None to train ungated. A `GateNormalizer` for gradient accumulation. A
+            tensor of the shape of labels: the weights themselves, of `gate_weights` for example.
+        row_weights: v, the shape of labels, any sign; multiplies after the gate's unit mean and is
+            not counted in D; no gradient. A row of weight 0 has loss 0 whatever it holds, and its
+            logits are not read in the backward; it still counts in D and in the gate. A NaN makes
+            the loss NaN. Soft masks and importance weights (TIS, ICE-POP) belong here.
+        response_mask: the shape of labels: 1 where valid, 0 elsewhere (bool, integer or float;
+            other values raise on a CPU or with `validate`, and count as valid elsewhere). Rows that
+            are invalid or whose label is `ignore_index` are not read, get zero gradient, and may
+            hold anything.
+        cu_seqlens: [B + 1] borders of the sequences of a packed [N] (or [1, N]) batch.
+        span_ids: the shape of labels, with `DriftGate(granularity="span")`: see `newline_spans`.
+        position_ids: the shape of labels, int: positions in their sequences, of which this rank has
+            some and the other ranks of `parallel.context_parallel_group` (None for `group`) the
+            rest. Any layout will do; row b of the batch (or of cu_seqlens) is the same sequence on
+            all of them. Blocks are reduced over all of a sequence.
+        temperature: divides the logits; greater than 0.
+        ignore_index: label of invalid positions. None: none is ignored, and a GPU need not look.
+        reduction: "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
+            "seq-mean-token-mean": the values of verl's `agg_loss`; or "none": per-token losses. Or
+            a `Reduction` with the caller's denominators, for batches larger than this call. Where
+            they are None: the valid tokens and the sequences that have any, of this call or of all
+            ranks of `parallel.group`, and T (of whole sequences).
+        parallel: `Parallel`. The ranks of `group` share the batch (data parallel, context
+            parallel): gates have unit mean over all of its rows, and D is counted over them. The
+            ranks' losses add up to that of one process, as do their gradients; where an engine
+            averages them (DDP, FSDP) give `Reduction(dp_size=...)`, the number of ranks. Metrics
+            are of this rank. Vocabularies are whole.
+        return_entropy: also return each position's entropy, detached.
+        inplace_backward: let the backward overwrite `logits` with their gradient. Saves a [tokens,
+            V] tensor; the logits are lost, and autograd refuses whatever still needs them, a second
+            backward included. Where `torch.compile` traces the call, the compiler decides where the
+            gradient goes.
+        validate: check values (labels, masks, cu_seqlens) on a GPU too, at the cost of a
+            synchronisation.
+        backend: "auto" (Triton on a GPU, C on a CPU, else PyTorch), "triton", "native" (C), "torch"
+            or "reference".
 
     Returns:
         LossOutput; `log_probs` and `drift` are 0 without labels.
 
     Raises:
-        ValueError, TypeError: as `opd_loss`; student and teacher differ in V without a
-            `vocab_size`; it exceeds either; words are sharded (DTensor, vocab_parallel_group).
+        ValueError, TypeError: an argument's shape, dtype, device or value does not fit: a label
+            outside the vocabulary raises on the CPU and with `validate`, and otherwise makes the
+            loss NaN; student and teacher differ in V without a `vocab_size`; it exceeds either;
+            words are sharded (DTensor, vocab_parallel_group).
     """
     if removed:
         refuse("full_loss", removed)

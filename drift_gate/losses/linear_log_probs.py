@@ -58,7 +58,8 @@ def linear_token_log_probs(
             on all of them, and labels count from the first word of all. The gradient of the head is
             local, that of the hidden states is summed over the ranks (N H numbers). A DTensor head,
             its first dimension sharded, needs no argument beside DTensor hidden states, replicated.
-        backend: see `opd_loss`.
+        backend: "auto" (Triton on a GPU, C on a CPU, else PyTorch), "triton", "native" (C), "torch"
+            or "reference".
 
     Returns:
         log_probs in nats, differentiable in hidden_states and head, and entropy in nats, detached,
@@ -174,16 +175,28 @@ def linear_gather_lse(
     product. One that uses `lse` has its logits made again in the backward.
 
     Args:
-        hidden_states, head, temperature, parallel, backend: as in `linear_token_log_probs`.
+        hidden_states: [B, T, H] or [N, H]; bfloat16, float16, float32 (float64 with the PyTorch
+            backend). Under `torch.autocast` both they and the head are cast to its dtype.
+        head: the weight [V, H], in the same dtype, or a `Head`. Any strides. A DTensor is gathered
+            once, and its gradient, averaged over the ranks, is sharded again. The softcap comes
+            before the scale (TRL's chunked losses scale first).
         ids: [..., K] int64 or int32 of the leading shape of hidden_states, 1 <= K <= V; listing an
             id twice is allowed.
+        temperature: divides the logits; greater than 0.
+        parallel: its `vocab_parallel_group` is the process group over which the words are sharded:
+            the head [V_r, H] is this rank's, in the order of the ranks; everything else is the same
+            on all of them, and ids count from the first word of all. The gradient of the head is
+            local, that of the hidden states is summed over the ranks (N H numbers). A DTensor head,
+            its first dimension sharded, needs no argument beside DTensor hidden states, replicated.
+        backend: "auto" (Triton on a GPU, C on a CPU, else PyTorch), "triton", "native" (C), "torch"
+            or "reference".
 
     Returns:
         z_ids [..., K] and lse [...], float32 (float64 for float64), both differentiable in
         hidden_states and head.
 
     Raises:
-        ValueError, TypeError: as in `linear_token_log_probs`; K exceeds V.
+        ValueError, TypeError: a shape, dtype, device or option does not fit; K exceeds V.
     """
     if removed:
         refuse("linear_gather_lse", removed)

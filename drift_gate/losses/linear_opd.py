@@ -80,18 +80,80 @@ def linear_opd_loss(
     fourth product. So does reduction "none", whose upstream weights only the backward knows.
 
     Args:
-        hidden_states, head: as in `linear_token_log_probs`. Over several chunks grad_weight is
+        hidden_states: [B, T, H] or [N, H]; bfloat16, float16, float32 (float64 with the PyTorch
+            backend). Under `torch.autocast` both they and the head are cast to its dtype.
+        head: the weight [V, H], in the same dtype, or a `Head`. Any strides. A DTensor is gathered
+            once, and its gradient, averaged over the ranks, is sharded again. The softcap comes
+            before the scale (TRL's chunked losses scale first). Over several chunks its gradient is
             summed in float32 (for bfloat16 on a CPU in 24 bits, or two chunks at once).
-        others: as in `opd_loss`; there is no `inplace_backward`, as there are no logits.
+        labels: the leading shape of hidden_states, int64 or int32, aligned: row t predicts
+            labels[t].
+        old_log_probs: the shape of labels, nats: the sampling policy's. None without a drift gate:
+            the ratio is then 1 in value, and its gradient that of the current policy.
+        teacher_log_probs: the shape of labels, nats; None where `advantages` are given.
+        gate: `DriftGate`, or None to train ungated. A `GateNormalizer` for gradient accumulation. A
+            tensor of the shape of labels: the weights themselves, of `gate_weights` for example.
+        estimator: as above.
+        clip: `Clip`: of the ratio, the dual clip and the advantage.
+        advantages: the shape of labels: A itself (GRPO, task rewards), for the estimators with a
+            ratio; no gradient.
+        advantage: "old" as above, or "current": A = teacher_logp - sg(logp), refreshed in each step
+            (arXiv 2606.24143).
+        ratio: "token", or the geometric mean of r over the valid positions of the "block" (of the
+            gate's block_size), "span" or "sequence" (GSPO, arXiv 2507.18071): in value, while the
+            gradient is each token's own, as verl's gspo has it.
+        teacher_log_prob_min: the teacher's log-probs are at least this, in nats: an engine that cut
+            its list gives -inf, which makes the loss infinite or NaN. The metric `floored` counts
+            the valid rows where it acted. None: no floor.
+        row_weights: v, the shape of labels, any sign; multiplies after the gate's unit mean and is
+            not counted in D; no gradient. A row of weight 0 has loss 0 whatever it holds, and its
+            logits are not read in the backward; it still counts in D and in the gate. A NaN makes
+            the loss NaN. Soft masks and importance weights (TIS, ICE-POP) belong here.
+        response_mask: the shape of labels: 1 where valid, 0 elsewhere (bool, integer or float;
+            other values raise on a CPU or with `validate`, and count as valid elsewhere). Rows that
+            are invalid or whose label is `ignore_index` are not read, get zero gradient, and may
+            hold anything.
+        cu_seqlens: [B + 1] borders of the sequences of a packed [N] (or [1, N]) batch.
+        span_ids: the shape of labels, with `DriftGate(granularity="span")` or ratio "span": see
+            `newline_spans`.
+        position_ids: the shape of labels, int: positions in their sequences, of which this rank has
+            some and the other ranks of `parallel.context_parallel_group` (None for `group`) the
+            rest. Any layout will do; row b of the batch (or of cu_seqlens) is the same sequence on
+            all of them. Blocks are reduced over all of a sequence.
+        temperature: divides the logits; greater than 0.
+        ignore_index: label of invalid positions. None: none is ignored, and a GPU need not look.
+        reduction: "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
+            "seq-mean-token-mean": the values of verl's `agg_loss`; or "none": per-token losses. Or
+            a `Reduction` with the caller's denominators, for batches larger than this call. Where
+            they are None: the valid tokens and the sequences that have any, of this call or of all
+            ranks of `parallel.group`, and T (of whole sequences).
+        parallel: `Parallel`. The ranks of `group` share the batch (data parallel, context
+            parallel): gates have unit mean over all of its rows, and D is counted over them. The
+            ranks' losses add up to that of one process, as do their gradients; where an engine
+            averages them (DDP, FSDP) give `Reduction(dp_size=...)`, the number of ranks. Metrics
+            are of this rank. Over `vocab_parallel_group` the words are sharded: the head [V_r, H]
+            is this rank's, in the order of the ranks; everything else is the same on all of them,
+            and labels and ids count from the first word of all. The gradient of the head is local,
+            that of the hidden states is summed over the ranks (N H numbers). A DTensor head, its
+            first dimension sharded, needs no argument beside DTensor hidden states, replicated.
+        return_entropy: also return each position's entropy, detached.
+        validate: check values (labels, masks, cu_seqlens) on a GPU too, at the cost of a
+            synchronisation.
+        backend: "auto" (Triton on a GPU, C on a CPU, else PyTorch), "triton", "native" (C), "torch"
+            or "reference".
 
     Returns:
-        LossOutput, as `opd_loss`. Unless the reduction is "none", `token_loss` is detached, and
+        LossOutput(loss, token_loss, log_probs, gate, drift, entropy, metrics). A batch without a
+        valid position has loss 0 and zero gradients, whatever its denominator. A NaN in a valid row
+        makes the loss NaN. Unless the reduction is "none", `token_loss` is detached, and
         one backward may run through `loss`: it hands out the gradients that the forward formed
         (with `retain_graph=True` too, a second one raises RuntimeError). Any upstream gradient is
         exact, and under `torch.no_grad()`, or for inputs that need none, no gradient is formed.
 
     Raises:
-        ValueError, TypeError: as `opd_loss` and `linear_token_log_probs`.
+        ValueError, TypeError: an argument's shape, dtype, device or value does not fit: a label
+            outside the vocabulary raises on the CPU and with `validate`, and otherwise makes the
+            loss NaN.
     """
     if removed:
         refuse("linear_opd_loss", removed)

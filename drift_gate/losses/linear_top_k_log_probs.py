@@ -33,15 +33,29 @@ def linear_top_k_log_probs(
     kept. Words are in the order of the logits as the product is rounded.
 
     Args:
-        hidden_states, head, parallel: as in `linear_token_log_probs`. They get no gradient.
-        k, temperature, response_mask, backend: as in `top_k_log_probs`; the mask has the leading
-            shape of hidden_states.
+        hidden_states: [B, T, H] or [N, H]; bfloat16, float16, float32 (float64 with the PyTorch
+            backend). Under `torch.autocast` both they and the head are cast to its dtype. They get
+            no gradient.
+        head: the weight [V, H], in the same dtype, or a `Head`. Any strides. A DTensor is gathered
+            once. The softcap comes before the scale (TRL's chunked losses scale first).
+        k: words of a row, at least 1. Where it exceeds V the lists are padded.
+        temperature: divides the logits; greater than 0.
+        response_mask: the leading shape of hidden_states, bool, integer or float, 1 where a row is
+            wanted; the others may hold anything. None: all are.
+        parallel: its `vocab_parallel_group` is the process group over which the words are sharded:
+            the head [V_r, H] is this rank's, in the order of the ranks; everything else is the same
+            on all of them, and ids count from the first word of all. All of them get the lists of
+            whole rows. A DTensor head, its first dimension sharded, needs no argument beside
+            DTensor hidden states, replicated.
+        backend: "auto" (Triton on a GPU, C on a CPU, else PyTorch), "triton", "native" (C), "torch"
+            or "reference".
 
     Returns:
         TopKOutput: ids and log-probs [..., K], as `top_k_log_probs` has them.
 
     Raises:
-        ValueError, TypeError: as in `top_k_log_probs`.
+        ValueError, TypeError: a shape, dtype, device or option does not fit; on a CPU a mask with
+            other values than 0 and 1.
     """
     check_groups("linear_top_k_log_probs", parallel, "vocab_parallel_group")
     hidden_states, head, shard = local_head(hidden_states, head, parallel)

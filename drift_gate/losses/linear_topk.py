@@ -93,20 +93,91 @@ def linear_topk_loss(
     The other supports are dense: see `linear_opd_loss`.
 
     Args:
-        hidden_states, head: as in `linear_token_log_probs`.
+        hidden_states: [B, T, H] or [N, H]; bfloat16, float16, float32 (float64 with the PyTorch
+            backend). Under `torch.autocast` both they and the head are cast to its dtype.
+        head: the weight [V, H], in the same dtype, or a `Head`. Any strides. A DTensor is gathered
+            once, and its gradient, averaged over the ranks, is sharded again. The softcap comes
+            before the scale (TRL's chunked losses scale first). Over several chunks its gradient is
+            summed in float32 (for bfloat16 on a CPU in 24 bits, or two chunks at once).
+        labels: the leading shape of hidden_states, int64 or int32, aligned: row t predicts
+            labels[t]. They are for the gate's drift: None is allowed without it, and every position
+            is then valid but for the response_mask.
+        old_log_probs: the shape of labels, nats: the sampling policy's, for the gate's drift; None
+            is allowed without it.
+        teacher_topk_ids: [..., K] int64 or int32, in any order; the student's own words will do as
+            well. -1 marks a missing entry, as does a log-prob of -inf: it is left out of the
+            support. A position with no entry left is not valid; the metric `without_support` counts
+            them. A word listed twice in a row counts once, by its first entry (engines return the
+            sampled token, then the top K): `duplicate_words` counts the others; with `validate`
+            they raise. Other padding (id 0 with log-prob 0, or -1e9) cannot be told from a word.
+        teacher_topk_log_probs: [..., K] nats. With the renormalised support a row's raw logits do
+            as well, since a constant cancels (but `teacher_mass` then means nothing).
         log_probs: current log-probs of the labels, the shape of labels, where the caller has them
             (of the same weights and temperature); the drift is then theirs. They are returned, and
             not read where no drift is measured.
-        others: as in `topk_loss`; there is no `inplace_backward`, as there are no logits.
+        direction: "reverse", "forward", "jsd" or "mixed", as above.
+        support: "renormalized", "truncated" or "tail", as above.
+        beta: weighs the teacher in the mixture of "jsd" and the forward part of "mixed"; from 0 to
+            1. The others do not read it.
+        teacher_temperature: divides the teacher's log-probs before they are renormalised.
+        log_prob_floor: log-probs of listed words, the student's and the teacher's, are at least
+            this with the supports "truncated" and "tail" (verl's `log_prob_min_clamp`), and have no
+            gradient below.
+        zero_outside_topk: with the support "truncated" and the directions "reverse" and "mixed":
+            the teacher's mass is all on its list, which is renormalised, and every other word adds
+            p (log p + 100), so that the student leaves it (NeMo-RL's option of this name). The
+            forward takes the entropy in the same read, and the backward writes its gradient.
+        ignore_unknown_ids: leave out ids of V and more, of a teacher with more words, in place of
+            refusing them.
+        gate: `DriftGate`, or None to train ungated. A `GateNormalizer` for gradient accumulation. A
+            tensor of the shape of labels: the weights themselves, of `gate_weights` for example.
+        row_weights: v, the shape of labels, any sign; multiplies after the gate's unit mean and is
+            not counted in D; no gradient. A row of weight 0 has loss 0 whatever it holds, and its
+            logits are not read in the backward; it still counts in D and in the gate. A NaN makes
+            the loss NaN. Soft masks and importance weights (TIS, ICE-POP) belong here.
+        response_mask: the shape of labels: 1 where valid, 0 elsewhere (bool, integer or float;
+            other values raise on a CPU or with `validate`, and count as valid elsewhere). Rows that
+            are invalid or whose label is `ignore_index` are not read, get zero gradient, and may
+            hold anything.
+        cu_seqlens: [B + 1] borders of the sequences of a packed [N] (or [1, N]) batch.
+        span_ids: the shape of labels, with `DriftGate(granularity="span")`: see `newline_spans`.
+        position_ids: the shape of labels, int: positions in their sequences, of which this rank has
+            some and the other ranks of `parallel.context_parallel_group` (None for `group`) the
+            rest. Any layout will do; row b of the batch (or of cu_seqlens) is the same sequence on
+            all of them. Blocks are reduced over all of a sequence.
+        temperature: divides the logits; greater than 0.
+        ignore_index: label of invalid positions. None: none is ignored, and a GPU need not look.
+        reduction: "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
+            "seq-mean-token-mean": the values of verl's `agg_loss`; or "none": per-token losses. Or
+            a `Reduction` with the caller's denominators, for batches larger than this call. Where
+            they are None: the valid tokens and the sequences that have any, of this call or of all
+            ranks of `parallel.group`, and T (of whole sequences).
+        parallel: `Parallel`. The ranks of `group` share the batch (data parallel, context
+            parallel): gates have unit mean over all of its rows, and D is counted over them. The
+            ranks' losses add up to that of one process, as do their gradients; where an engine
+            averages them (DDP, FSDP) give `Reduction(dp_size=...)`, the number of ranks. Metrics
+            are of this rank. Over `vocab_parallel_group` the words are sharded: the head [V_r, H]
+            is this rank's, in the order of the ranks; everything else is the same on all of them,
+            and labels and ids count from the first word of all. The gradient of the head is local,
+            that of the hidden states is summed over the ranks (N H numbers). A DTensor head, its
+            first dimension sharded, needs no argument beside DTensor hidden states, replicated.
+        return_entropy: also return each position's entropy, detached.
+        validate: check values (labels, masks, cu_seqlens) on a GPU too, at the cost of a
+            synchronisation.
+        backend: "auto" (Triton on a GPU, C on a CPU, else PyTorch), "triton", "native" (C), "torch"
+            or "reference".
 
     Returns:
-        LossOutput, as `topk_loss`. Unless the reduction is "none" or the support renormalised,
-        `token_loss` is detached. With the renormalised support backward may run twice; with the
-        others see `linear_opd_loss`.
+        LossOutput; `log_probs`, `drift` are 0 without labels. Metrics have `student_mass` (where a
+        logsumexp is known) and `teacher_mass` on the listed words, `overlap` = sum min(p, q) on the
+        support, `without_support` and `duplicate_words`. With the renormalised support backward may
+        run twice. With the others, unless the reduction is "none", `token_loss` is detached and one
+        backward may run through `loss` (a second one raises RuntimeError).
 
     Raises:
-        ValueError, TypeError: as `topk_loss` and `linear_token_log_probs`; log_probs without
-            labels.
+        ValueError, TypeError: an argument's shape, dtype, device or value does not fit: a label
+            outside the vocabulary raises on the CPU and with `validate`, and otherwise makes the
+            loss NaN; K = 1 with the renormalised support; log_probs without labels.
     """
     if removed:
         refuse("linear_topk_loss", removed)

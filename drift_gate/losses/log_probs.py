@@ -40,13 +40,15 @@ def token_log_probs(
         temperature: divides the logits; greater than 0.
         ignore_index: rows with this label are not read and give 0. None: no label is ignored.
         return_entropy: also return the entropy of each row's distribution.
-        inplace_backward: let the backward overwrite `logits` with their gradient. Saves a
-            [tokens, V] tensor; the logits are lost, and autograd refuses whatever still needs
-            them, a second backward included. Where `torch.compile` traces the call, the compiler
-            decides where the gradient goes.
-        parallel: its `vocab_parallel_group` is the process group over which the words are sharded,
-            see `opd_loss`.
-        backend: see `opd_loss`.
+        inplace_backward: let the backward overwrite `logits` with their gradient. Saves a [tokens,
+            V] tensor; the logits are lost, and autograd refuses whatever still needs them, a second
+            backward included. Where `torch.compile` traces the call, the compiler decides where the
+            gradient goes.
+        parallel: its `vocab_parallel_group` is the process group over which the words are sharded:
+            `logits` are this rank's, [..., V_r], in the order of the ranks; everything else is the
+            same on all of them, and labels and ids count from the first word of all.
+        backend: "auto" (Triton on a GPU, C on a CPU, else PyTorch), "triton", "native" (C), "torch"
+            or "reference".
 
     Returns:
         log_probs [...] in nats, differentiable in the logits, and entropy [...] in nats, detached,
@@ -185,19 +187,24 @@ def gather_lse(
     formed in one pass from the derivatives alpha in lse and beta in z_ids.
 
     Args:
-        logits: [..., V], as in `token_log_probs`.
+        logits: [..., V]; bfloat16, float16, float32 (float64 with the PyTorch backend). The last
+            dimension is contiguous; outer strides are free, so that `logits[:, :-1]` is not copied
+            (logits of four and more dimensions are, where they cannot be viewed as rows).
         ids: [..., K] int64 or int32, 1 <= K <= V; listing an id twice is allowed.
         temperature: divides the logits; greater than 0.
-        parallel: its `vocab_parallel_group` is the process group over which the words are sharded,
-            see `opd_loss`: all of its ranks are to compute one and the same loss of z_ids and lse.
-        backend: see `opd_loss`.
+        parallel: its `vocab_parallel_group` is the process group over which the words are sharded:
+            `logits` are this rank's, [..., V_r], in the order of the ranks; everything else is the
+            same on all of them, and labels and ids count from the first word of all. All of them
+            are to compute one and the same loss of z_ids and lse.
+        backend: "auto" (Triton on a GPU, C on a CPU, else PyTorch), "triton", "native" (C), "torch"
+            or "reference".
 
     Returns:
         z_ids [..., K] and lse [...], float32 (float64 for float64 logits), both differentiable in
         the logits. A row with a NaN or +inf has lse NaN; one that is all -inf, -inf.
 
     Raises:
-        ValueError, TypeError: as in `token_log_probs`; K exceeds V.
+        ValueError, TypeError: a shape, dtype, device or option does not fit; K exceeds V.
     """
     if removed:
         refuse("gather_lse", removed)

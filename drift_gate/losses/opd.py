@@ -77,8 +77,8 @@ def opd_loss(
         old_log_probs: the shape of labels, nats: the sampling policy's. None without a drift gate:
             the ratio is then 1 in value, and its gradient that of the current policy.
         teacher_log_probs: the shape of labels, nats; None where `advantages` are given.
-        gate: `DriftGate`, or None to train ungated. A `GateNormalizer` for gradient accumulation.
-            A tensor of the shape of labels: the weights themselves, of `gate_weights` for example.
+        gate: `DriftGate`, or None to train ungated. A `GateNormalizer` for gradient accumulation. A
+            tensor of the shape of labels: the weights themselves, of `gate_weights` for example.
         estimator: as above.
         clip: `Clip`: of the ratio, the dual clip and the advantage.
         advantages: the shape of labels: A itself (GRPO, task rewards), for the estimators with a
@@ -102,8 +102,8 @@ def opd_loss(
         cu_seqlens: [B + 1] borders of the sequences of a packed [N] (or [1, N]) batch.
         span_ids: the shape of labels, with `DriftGate(granularity="span")` or ratio "span": see
             `newline_spans`.
-        position_ids: the shape of labels, int: positions in their sequences, of which this rank
-            has some and the other ranks of `parallel.context_parallel_group` (None for `group`) the
+        position_ids: the shape of labels, int: positions in their sequences, of which this rank has
+            some and the other ranks of `parallel.context_parallel_group` (None for `group`) the
             rest. Any layout will do; row b of the batch (or of cu_seqlens) is the same sequence on
             all of them. Blocks are reduced over all of a sequence.
         temperature: divides the logits; greater than 0.
@@ -122,12 +122,14 @@ def opd_loss(
             them, and labels and ids count from the first word of all. The gradient is that of this
             rank's logits. A DTensor with its last dimension sharded needs no argument.
         return_entropy: also return each position's entropy, detached.
-        inplace_backward: let the backward overwrite `logits` with their gradient, see
-            `token_log_probs`.
+        inplace_backward: let the backward overwrite `logits` with their gradient. Saves a [tokens,
+            V] tensor; the logits are lost, and autograd refuses whatever still needs them, a second
+            backward included. Where `torch.compile` traces the call, the compiler decides where the
+            gradient goes.
         validate: check values (labels, masks, cu_seqlens) on a GPU too, at the cost of a
             synchronisation.
-        backend: "auto" (Triton on a GPU, C on a CPU, else PyTorch), "triton", "native" (C),
-            "torch" or "reference".
+        backend: "auto" (Triton on a GPU, C on a CPU, else PyTorch), "triton", "native" (C), "torch"
+            or "reference".
 
     Returns:
         LossOutput(loss, token_loss, log_probs, gate, drift, entropy, metrics). A batch without a

@@ -33,14 +33,20 @@ def top_k_log_probs(
     [tokens, V] are made: on a CPU the logits are read once.
 
     Args:
-        logits: [..., V], as in `token_log_probs`. They get no gradient.
+        logits: [..., V]; bfloat16, float16, float32 (float64 with the PyTorch backend). The last
+            dimension is contiguous; outer strides are free, so that `logits[:, :-1]` is not copied
+            (logits of four and more dimensions are, where they cannot be viewed as rows). They get
+            no gradient.
         k: words of a row, at least 1. Where it exceeds V the lists are padded.
         temperature: divides the logits; greater than 0.
         response_mask: [...] bool, integer or float, 1 where a row is wanted; the others may hold
             anything. None: all are.
-        parallel: its `vocab_parallel_group` is the process group over which the words are sharded,
-            see `opd_loss`: all of its ranks get the lists of whole rows.
-        backend: see `opd_loss`.
+        parallel: its `vocab_parallel_group` is the process group over which the words are sharded:
+            `logits` are this rank's, [..., V_r], in the order of the ranks; everything else is the
+            same on all of them, and labels and ids count from the first word of all. All of them
+            get the lists of whole rows.
+        backend: "auto" (Triton on a GPU, C on a CPU, else PyTorch), "triton", "native" (C), "torch"
+            or "reference".
 
     Returns:
         TopKOutput: ids and log-probs [..., K], the likeliest word first, of equal logits the

@@ -84,11 +84,17 @@ def topk_loss(
     it without reading the logits. Without labels (and so without a drift: `gate` None, or the
     weights themselves) the forward then reads the K entries alone. With a gate's `sample_every` it
     reads whole rows where the drift is measured, and the K entries elsewhere: there `log_probs` and
-    `entropy` are NaN, as in `linear_topk_loss`, and the metrics `student_mass` and `entropy` are
+    `entropy` are NaN, and the metrics `student_mass` and `entropy` are
     means over the measured positions. The other supports need, and give, all log-probs.
 
     Args:
-        labels, old_log_probs: as in `opd_loss`, for the gate's drift; None is allowed without it.
+        logits: [B, T, V], [N, V]; bfloat16, float16, float32 (float64 with the PyTorch backend).
+            Last dimension contiguous, outer strides free.
+        labels: [B, T] or [N], int64 or int32, aligned: row t of the logits predicts labels[t]. They
+            are for the gate's drift: None is allowed without it, and every position is then valid
+            but for the response_mask.
+        old_log_probs: the shape of labels, nats: the sampling policy's, for the gate's drift; None
+            is allowed without it.
         teacher_topk_ids: [..., K] int64 or int32, in any order; the student's own words will do as
             well. -1 marks a missing entry, as does a log-prob of -inf: it is left out of the
             support. A position with no entry left is not valid; the metric `without_support` counts
@@ -97,7 +103,10 @@ def topk_loss(
             they raise. Other padding (id 0 with log-prob 0, or -1e9) cannot be told from a word.
         teacher_topk_log_probs: [..., K] nats. With the renormalised support a row's raw logits do
             as well, since a constant cancels (but `teacher_mass` then means nothing).
-        direction, support, beta: as above; 0 <= beta <= 1.
+        direction: "reverse", "forward", "jsd" or "mixed", as above.
+        support: "renormalized", "truncated" or "tail", as above.
+        beta: weighs the teacher in the mixture of "jsd" and the forward part of "mixed"; from 0 to
+            1. The others do not read it.
         teacher_temperature: divides the teacher's log-probs before they are renormalised.
         log_prob_floor: log-probs of listed words, the student's and the teacher's, are at least
             this with the supports "truncated" and "tail" (verl's `log_prob_min_clamp`), and have no
@@ -108,7 +117,46 @@ def topk_loss(
             forward takes the entropy in the same read, and the backward writes its gradient.
         ignore_unknown_ids: leave out ids of V and more, of a teacher with more words, in place of
             refusing them.
-        others: as in `opd_loss`.
+        gate: `DriftGate`, or None to train ungated. A `GateNormalizer` for gradient accumulation. A
+            tensor of the shape of labels: the weights themselves, of `gate_weights` for example.
+        row_weights: v, the shape of labels, any sign; multiplies after the gate's unit mean and is
+            not counted in D; no gradient. A row of weight 0 has loss 0 whatever it holds, and its
+            logits are not read in the backward; it still counts in D and in the gate. A NaN makes
+            the loss NaN. Soft masks and importance weights (TIS, ICE-POP) belong here.
+        response_mask: the shape of labels: 1 where valid, 0 elsewhere (bool, integer or float;
+            other values raise on a CPU or with `validate`, and count as valid elsewhere). Rows that
+            are invalid or whose label is `ignore_index` are not read, get zero gradient, and may
+            hold anything.
+        cu_seqlens: [B + 1] borders of the sequences of a packed [N] (or [1, N]) batch.
+        span_ids: the shape of labels, with `DriftGate(granularity="span")`: see `newline_spans`.
+        position_ids: the shape of labels, int: positions in their sequences, of which this rank has
+            some and the other ranks of `parallel.context_parallel_group` (None for `group`) the
+            rest. Any layout will do; row b of the batch (or of cu_seqlens) is the same sequence on
+            all of them. Blocks are reduced over all of a sequence.
+        temperature: divides the logits; greater than 0.
+        ignore_index: label of invalid positions. None: none is ignored, and a GPU need not look.
+        reduction: "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
+            "seq-mean-token-mean": the values of verl's `agg_loss`; or "none": per-token losses. Or
+            a `Reduction` with the caller's denominators, for batches larger than this call. Where
+            they are None: the valid tokens and the sequences that have any, of this call or of all
+            ranks of `parallel.group`, and T (of whole sequences).
+        parallel: `Parallel`. The ranks of `group` share the batch (data parallel, context
+            parallel): gates have unit mean over all of its rows, and D is counted over them. The
+            ranks' losses add up to that of one process, as do their gradients; where an engine
+            averages them (DDP, FSDP) give `Reduction(dp_size=...)`, the number of ranks. Metrics
+            are of this rank. Over `vocab_parallel_group` the words are sharded: `logits` are this
+            rank's, [..., V_r], in the order of the ranks; everything else is the same on all of
+            them, and labels and ids count from the first word of all. The gradient is that of this
+            rank's logits. A DTensor with its last dimension sharded needs no argument.
+        return_entropy: also return each position's entropy, detached.
+        inplace_backward: let the backward overwrite `logits` with their gradient. Saves a [tokens,
+            V] tensor; the logits are lost, and autograd refuses whatever still needs them, a second
+            backward included. Where `torch.compile` traces the call, the compiler decides where the
+            gradient goes.
+        validate: check values (labels, masks, cu_seqlens) on a GPU too, at the cost of a
+            synchronisation.
+        backend: "auto" (Triton on a GPU, C on a CPU, else PyTorch), "triton", "native" (C), "torch"
+            or "reference".
 
     Returns:
         LossOutput; `log_probs`, `drift` are 0 without labels. Metrics have `student_mass` (where a
@@ -116,8 +164,10 @@ def topk_loss(
         support, `without_support` and `duplicate_words`.
 
     Raises:
-        ValueError, TypeError: as `opd_loss`; K = 1 with the renormalised support, which is 0
-            whatever the student does; an id outside the vocabulary that is not -1.
+        ValueError, TypeError: an argument's shape, dtype, device or value does not fit: a label
+            outside the vocabulary raises on the CPU and with `validate`, and otherwise makes the
+            loss NaN; K = 1 with the renormalised support, which is 0 whatever the student does; an
+            id outside the vocabulary that is not -1.
     """
     if removed:
         refuse("topk_loss", removed)

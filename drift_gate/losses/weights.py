@@ -41,9 +41,12 @@ def gate_weights(
             may hold anything, NaN included.
         cu_seqlens: [B + 1] int32 or int64 borders of the sequences of a packed [N] (or [1, N])
             batch; without them [N] is one sequence.
-        span_ids: int64 or int32, the shape of log_probs, with `granularity="span"`. Equal ids
-            in one sequence are one block, adjacent or not.
-        position_ids: where sequences are cut over ranks, as in `opd_loss`.
+        span_ids: int64 or int32, the shape of log_probs, with `granularity="span"`. Equal ids in
+            one sequence are one block, adjacent or not.
+        position_ids: the shape of log_probs, int: positions in their sequences, of which this rank
+            has some and the other ranks of `parallel.context_parallel_group` (None for `group`) the
+            rest. Any layout will do; row b of the batch (or of cu_seqlens) is the same sequence on
+            all of them. Blocks are reduced over all of a sequence.
         parallel: its `group` is the process group over which the weights have unit mean (metrics
             are of this rank), its `context_parallel_group` the one over which sequences are cut.
 
