@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,8 +99,43 @@ def test_a_study_shows_every_variant_and_its_gain(finished: tuple[Path, str]) ->
     lines = study.section(found)
     assert [run["variant"] for run in found["runs"]] == [row["name"] for row in found["rows"][2:]]
     gated = [line for line in lines if line.startswith("|") and " + " in line.split("|")[1]]
-    assert len(gated) == 4 and all(" to " in line.split("|")[4] for line in gated)
+    assert len(gated) == 4 and not any(" to " in line.split("|")[4] for line in gated)  # one seed
     assert "Of 4 gains" in lines[-1]
+
+
+def test_a_study_of_several_seeds_has_intervals_over_seeds_and_problems(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Copies of a run stand for its second seed; the gains of both are the same."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    for file in (tmp_path / "runs").glob("*_s0.json"):
+        shutil.copy(file, file.with_name(file.name.replace("_s0", "_s1")))
+    stored = json.loads((tmp_path / command.SETTINGS).read_text())
+    (tmp_path / command.SETTINGS).write_text(json.dumps(stored | {"seeds": 2}))
+    found = study.collect(command.resume(tmp_path))
+    assert [run["seed"] for run in found["runs"]] == [0] * 6 + [1] * 6
+    assert all("gain" not in row or row["gain"]["pass@8"]["interval"] for row in found["rows"])
+    assert {len(counts) for run in found["runs"] for counts in run["right"].values()} == {3}
+    (tmp_path / "report.json").unlink()
+    assert run("--resume", tmp_path, "--workers", 1).output.count("seeds and problems") == 1
+
+
+def test_a_study_without_counts_by_problem_takes_its_seeds_alone() -> None:
+    committed = json.loads(study.RESULTS.read_text())
+    assert "right" not in committed["runs"][0]
+    row = next(row for row in study.over_seeds(committed) if row["name"] == "OPD + Block64")
+    runs = {
+        name: [
+            run["pass@8"]
+            for run in committed["runs"]
+            if run["variant"] == name and run["epochs"] == 1
+        ]
+        for name in ("OPD", "OPD + Block64")
+    }
+    gains = np.subtract(runs["OPD + Block64"], runs["OPD"])
+    off = 2.776 * gains.std(ddof=1) / 5**0.5  # 97.5% of Student's t with 4 degrees of freedom
+    low, high = row["gain"]["pass@8"]["interval"]
+    assert (low, high) == pytest.approx((gains.mean() - off, gains.mean() + off), abs=0.15 * off)
 
 
 def test_the_page_shows_the_committed_study() -> None:

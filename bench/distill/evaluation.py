@@ -1,4 +1,4 @@
-"""Benchmarks, pass@k, and intervals."""
+"""Benchmarks, and pass@k on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from .settings import Settings
 from .training import Sampler, seeded
 
 BATCH = 512  # responses written at a time
-RESAMPLES = 2000
 POOL = 240  # training problems of each level
 Floats = npt.NDArray[np.float64]
 
@@ -80,28 +79,3 @@ def pass_at(k: int, right: npt.ArrayLike, samples: int) -> Floats:
     for i in range(k):
         none *= np.maximum(wrong - i, 0) / (samples - i)
     return 1 - none
-
-
-class Bootstrap:
-    """Percentile intervals of means over problems, benchmarks and seeds.
-
-    Seeds and the problems of each benchmark are drawn with replacement, the same draws for every
-    quantity of one size: intervals of differences are of paired differences.
-    """
-
-    def __init__(self, seed: int = 0, resamples: int = RESAMPLES) -> None:
-        self.seed, self.resamples = seed, resamples
-
-    def interval(self, values: dict[str, Floats]) -> tuple[float, float, float]:
-        """(mean, lower, upper) at 95%, of values [seeds, problems] by benchmark."""
-        rng = np.random.default_rng(self.seed)
-        tables = list(values.values())
-        seeds = len(tables[0])
-        drawn = rng.integers(seeds, size=(self.resamples, seeds))
-        total = np.zeros(self.resamples)
-        for table in tables:
-            picked = rng.integers(table.shape[1], size=(self.resamples, table.shape[1]))
-            for i in range(self.resamples):
-                total[i] += table[drawn[i]][:, picked[i]].mean()
-        low, high = np.quantile(total / len(tables), [0.025, 0.975])
-        return float(np.mean([table.mean() for table in tables])), float(low), float(high)

@@ -8,7 +8,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from .evaluation import Bootstrap, Floats, pass_at
+from .evaluation import Floats, pass_at
+from .intervals import Bootstrap
 from .jobs import BASE, Work
 from .settings import PASS_AT, Job
 
@@ -16,6 +17,10 @@ Result = dict[str, Any]
 SAMPLED = "sampled_correlation"
 DIFFERENCES = "sampled_difference", "sampled_largest_difference"
 METRICS = (f"pass@{PASS_AT}", "accuracy")
+ONE_SEED = (
+    "without an interval, as one seed does not show how far runs of one variant differ (--seeds 5 "
+    "does)"
+)
 
 
 def values_of(results: list[Result], metric: str, samples: int) -> dict[str, Floats]:
@@ -33,18 +38,23 @@ def figures_of(results: list[Result], samples: int) -> dict[str, Any]:
     for metric in METRICS:
         values = values_of(results, metric, samples)
         mean, low, high = Bootstrap().interval(values)
+        low, high = max(low, 0.0), min(high, 1.0)
         by_benchmark = {name: float(table.mean()) for name, table in values.items()}
         found[metric] = dict(benchmarks=by_benchmark, mean=mean, interval=[low, high])
     return found
 
 
 def difference_of(ours: list[Result], theirs: list[Result], samples: int) -> dict[str, Any]:
-    """Ours minus theirs, paired by seed and problem."""
-    found = {}
+    """Ours minus theirs, paired by seed and problem.
+
+    Of one seed without an interval: two runs of one variant differ too, and by how much one pair
+    of runs cannot tell.
+    """
+    found: dict[str, Any] = {}
     for metric in METRICS:
         a, b = (values_of(results, metric, samples) for results in (ours, theirs))
         mean, low, high = Bootstrap().interval({name: a[name] - b[name] for name in a})
-        found[metric] = dict(mean=mean, interval=[low, high])
+        found[metric] = dict(mean=mean, interval=[low, high] if len(ours) > 1 else None)
     return found
 
 
@@ -102,13 +112,16 @@ def tables(summary: dict[str, Any], settings: Any) -> list[Table]:
     """For the terminal, in 80 columns; nothing in them depends on the clock."""
     seeds = f"{settings.seeds} seeds" if settings.seeds > 1 else f"seed {settings.seed}"
     several = len({row["epochs"] for row in summary["rows"][len(BASE) :]}) > 1
+    over, alone = "seeds and problems", ""
+    if settings.seeds == 1:
+        over, alone = "problems, of this one run", f"; {ONE_SEED}"
     compared = _table(
         f"mean pass@{PASS_AT} from {settings.evaluation_samples} responses to a held-out problem; "
         f"{settings.steps} steps, {seeds}",
-        "95%: interval over problems and seeds. gap: share of the way from student to teacher. "
-        "gain: over the same loss without a gate, paired."
+        f"95%: interval over {over}. gap: share of the way from student to teacher. "
+        f"gain: over the same loss without a gate, paired{alone}."
         + (" xN: every batch used for N epochs." if several else ""),
-        f"pass@{PASS_AT}", "95%", "gap", "gain", "95%",
+        f"pass@{PASS_AT}", "95%", "gap", "gain", *(["95%"] if settings.seeds > 1 else []),
     )  # fmt: skip
     detailed = _table(
         f"pass@{PASS_AT} by benchmark",
@@ -162,7 +175,9 @@ def _comparison(row: dict[str, Any]) -> list[str]:
     found = [f"{passed['mean']:.3f}", interval(passed, ".3f")]
     found.append("" if gap is None else f"{gap:.0%}")
     if gain:
-        found += [f"{gain[METRICS[0]]['mean']:+.3f}", interval(gain[METRICS[0]], "+.3f")]
+        found.append(f"{gain[METRICS[0]]['mean']:+.3f}")
+        if gain[METRICS[0]]["interval"]:
+            found.append(interval(gain[METRICS[0]], "+.3f"))
     return found
 
 
