@@ -105,6 +105,18 @@ def device_events(profiler: profile) -> list:
 SHOWN = 60  # characters of a kernel's name
 
 
+def short_name(kernel: str) -> str:
+    """A kernel's name without the namespaces, behind which those of PyTorch differ, cut short."""
+    for same in (
+        "void ",
+        "at::native::",
+        "(anonymous namespace)::",
+        "at_cuda_detail::cub::detail::",
+    ):
+        kernel = kernel.replace(same, "")
+    return kernel[:SHOWN]
+
+
 def profiled_call(before: Run, run: Run, device: torch.device) -> dict[str, Any]:
     """What a warm call does, in seconds, for whoever asks where its time goes.
 
@@ -131,8 +143,9 @@ def profiled_call(before: Run, run: Run, device: torch.device) -> dict[str, Any]
     ours = [e for e in profiler.events() or [] if e.device_type == DeviceType.CUDA]
     kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     for event in ours:
-        kernels[event.name[:SHOWN]][0] += 1
-        kernels[event.name[:SHOWN]][1] += 1e-6 * event.time_range.elapsed_us()
+        kernel = kernels[short_name(event.name)]
+        kernel[0] += 1
+        kernel[1] += 1e-6 * event.time_range.elapsed_us()
     ends = [(e.time_range.start, e.time_range.end) for e in ours] or [(0, 0)]
     return {
         "kernels": dict(sorted(kernels.items(), key=lambda item: -item[1][1])),

@@ -7,6 +7,7 @@
 #     sweep.json     tiles, warps and stages of every pass
 #     targets.json   the README's rows: this package, the eager loss, bare products; and the kernels
 #                    of each call, which gpu.txt lists
+#     jsd.json       those of them that fill the memory
 #     long.json      the row of 65,536 tokens
 #     logits.json    fused heads that keep float32 logits, beside those that round them
 #     host.json      what a call costs the host
@@ -29,13 +30,14 @@ cd "$(dirname "$0")/.." || exit 1
 
 # What runs, and what is new and belongs into it: parts in their order; the tests that come first;
 # the suites of which the README has rows; and what of them is this package's or its unit.
-ALL_PARTS='first head ceilings targets logits tests host long steps sweep profile chunks more peers'
-FIRST='compile_on_a_gpu or weights_of_the_caller or pytorch_backend_on_a_gpu or fused_head_waits
-  or gather_in_slices or without_support or shorter_gradient or float32_logits or kernels_select
-  or (directions_and_supports and truncated)'
+ALL_PARTS='first head ceilings targets jsd logits tests host long steps sweep profile chunks more peers'
+FIRST='compile_on_a_gpu or pytorch_backend_on_a_gpu or fused_head_waits or shorter_gradient
+  or float32_logits or kernels_select or measured_rows or launches or tells_its_kernels
+  or gather_in_slices'
 SUITES='linear_topk_loss linear_opd_loss topk_loss opd_loss full_loss'
 MORE='top_k_log_probs linear_top_k_log_probs'  # without rows in the README: gpu.txt alone has them
 OWN='drift_gate or GEMM'
+WHOLE=full_loss  # of it the eager JSD, for which 80 GB are enough if the allocator wastes none
 STEPS='layers or eager or drift_gate'
 
 DRY=${DRY:-}
@@ -70,7 +72,7 @@ if [ -n "$DRY" ]; then
   echo "dry run: tiny inputs on the CPU; the times mean nothing"
 else
   GRID=targets QUICK=quick ROUNDS=5 WORKERS=8 TINY=
-  SHORT="($OWN) and not 65536 and not logits" LONG="($OWN) and 65536 and not logits"
+  SHORT="($OWN) and not 65536 and not logits and not jsd" LONG="($OWN) and 65536 and not logits"
   LOGITS="($OWN) and 151936 and not 65536" ALL='not 65536 and not logits' SWEEP=38 HEAD=24
   LONG_SUITE=linear_opd_loss CHUNKS=
 fi
@@ -145,16 +147,19 @@ kernel_tests() {
 # shellcheck disable=SC2086  # words
 measure() {
   case $1 in
-    first) kernel_tests first 45 tests/test_gpu.py tests/test_kernels_*.py -k "$(echo $FIRST)" ;;
-    head) part head 45 "$LOG" "$PYTHON" -m drift_gate.bench.sweep $TINY --only gather sparse \
+    first) kernel_tests first 45 tests/test_gpu.py tests/test_bench_device.py tests/test_kernels_*.py \
+      -k "$(echo $FIRST)" ;;
+    head) part head 45 "$LOG" "$PYTHON" -m drift_gate.bench.sweep $TINY --only select gather sparse \
       --seconds "$HEAD" --out "$OUT/sweep.json" ;;
     ceilings) part ceilings 20 "$LOG" "$PYTHON" -m drift_gate.bench.ceilings $TINY ;;
     targets) bench targets 115 "$GRID" "$SHORT" $SUITES ;;
+    jsd) PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+      bench jsd 45 "$GRID" "($OWN) and jsd" $WHOLE ;;
     logits) bench logits 45 "$GRID" "$LOGITS" linear_opd_loss linear_full_loss ;;
     tests) kernel_tests tests 100 tests/test_gpu.py tests/test_bench_device.py tests/test_kernels_*.py ;;
     host) bench host 40 "$GRID" 'test_host' host ;;
     long) bench long 40 "$GRID" "$LONG" "$LONG_SUITE" ;;
-    steps) bench steps 60 "$GRID" "$STEPS" train_step ;;
+    steps) bench steps 120 "$GRID" "$STEPS" train_step ;;
     sweep) part sweep 50 "$LOG" "$PYTHON" -m drift_gate.bench.sweep $TINY --add \
       --only scan expand divergence divergence_grad blocks rows topk \
       --seconds "$SWEEP" --out "$OUT/sweep.json" ;;

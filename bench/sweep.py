@@ -167,6 +167,11 @@ def _sum_words(work: Work) -> Callable[[ModuleType], object]:
     return run
 
 
+def _select(work: Work) -> Callable[[ModuleType], object]:
+    logits, k = work.logits[None], work.case.k
+    return lambda module: module.select(logits, k, None, 1.0)
+
+
 def _divergence(direction: str) -> Callable[[Work], Callable[[ModuleType], object]]:
     def prepare(work: Work) -> Callable[[ModuleType], object]:
         logits, teacher = work.logits[None], work.teacher_logits[None]
@@ -218,6 +223,10 @@ def sweeps(small: bool) -> list[Sweep]:
         "WEIGH_WIDTH": (512, 128, 256, 64), "WEIGH_ENTRIES": (2, 4, 8), "WEIGH_WARPS": (1, 2, 4)
     }  # fmt: skip
     summed = {"SUM_WIDTH": (1024, 512, 2048), "SUM_WARPS": (2, 1, 4), "SEGMENT": (128, 64, 256)}
+    select = {
+        "WARPS": (8, 16, 4), "READ": ((64, 16), (64, 32), (32, 32), (64, 8)),
+        "READ_WARPS": (4, 8, 2),
+    }  # fmt: skip
     topk = {"ELEMENTS": (2048, 1024, 4096), "num_warps": (4, 8)}
 
     def entropy(case: Case) -> floors.Floor:
@@ -244,6 +253,7 @@ def sweeps(small: bool) -> list[Sweep]:
         Sweep("rows", (), {}, _finish, floors.rows, many),  # shares of 65,536 rows of 32,000 words
         Sweep("rows", (), {}, _finish_spans, floors.rows, many),
         Sweep("topk", ("_topk_rows",), topk, _topk_rows, floors.topk_rows, listed),
+        Sweep("select", (), select, _select, floors.top_k, logits._replace(k=k)),
         Sweep("gather", (), gathered, _gather, floors.sparse, headed),
         Sweep("sparse", (), weigh, _weigh_words, floors.sparse, headed),
         Sweep("sparse", (), {"KEYS": (1024, 4096)}, _by_word, floors.sparse, headed),

@@ -58,10 +58,13 @@ def assert_as_good_as(
     *,
     factor: float = FACTOR,
     name: str = "result",
+    together: int = 1,
 ) -> None:
     """Assert that `actual` is about as accurate as `baseline`, and rounds without bias.
 
     Arguments as `share_of_budget` has them, any shape; `name` is what the message calls the result.
+    `together` neighbours share roundings of what they are made of, as the columns of a word's
+    gradient share that of its coefficients: what chance leaves of a mean is judged by their means.
 
     Fails unless NaN and infinities are where the truth, rounded to the dtype, has them; the largest
     and the rms error are within `factor` of the baseline's plus half a unit in the last place; and
@@ -97,7 +100,10 @@ def assert_as_good_as(
         f"{name}: rms error {_rms(error):.3e}, eager {_rms(budget):.3e}, allowed {rms_limit:.3e}"
     )
     bias, eager_bias = outward(error, truth), outward(budget, truth)
-    chance = 6 * _rms(error) / truth.numel() ** 0.5  # six standard errors of the mean
+    means = error
+    if together > 1 and bool(finite.all()):
+        means = (error * truth.sign()).view(-1, together).mean(1)
+    chance = 6 * _rms(means) / means.numel() ** 0.5  # six standard errors of the mean
     slack = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * truth.abs().max()
     bias_limit = chance + factor * eager_bias.abs() + slack
     assert bias.abs() <= bias_limit, (

@@ -1,14 +1,17 @@
 """`select`: the K words of each row with the largest logits, and the sum of its exponentials.
 
-`_bounds` finds the largest logit of every column of a tile: K words at least are as large as the
-K-th largest of those, the bound. `_candidates` adds exponentials, and keeps the words at or above
-the bound: K, and some more where two of the K share a column. Where they are more than CAPACITY, as
-among equal logits, `_exactly` finds the K-th largest logit itself bit by bit, in 32 more reads, and
-keeps the first of the words that have it. `_order` then counts, for each word that was kept, those
-that go before it. A word is kept as a number: its logit's bits, made to rise with it, above those
-of its id, which fall.
+`_bounds` reads the row once. It finds the largest logit of every column of a tile, and beside it
+the sum of the row's exponentials, in lanes as `scan` does: K words at least are as large as the
+K-th largest of those maxima, the bound, and whatever is as large stands in a column whose maximum
+is. `_candidates` reads those columns alone, about K, and keeps the words at or above the bound: K,
+and some more where two of the K share a column. Where they are more than CAPACITY, as among equal
+logits, `_exactly` finds the K-th largest logit itself bit by bit, in 32 more reads, and keeps the
+first of the words that have it. `_order` then counts, for each word that was kept, those that go
+before it. A word is kept as a number: its logit's bits, made to rise with it, above those of its
+id, which fall.
 
-Bytes that must move: 2 * N * V * itemsize read, O(N K) besides.
+Bytes that must move: N * V * itemsize read; besides, a sector of 32 bytes for each word of N * K
+columns, V / 4096 each, and O(N K).
 """
 
 import torch
@@ -17,11 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import LOG2_E, is_aligned, power_of_2, vector_width
+from .lanes import WARP, move
 from .launch import launch
 
 WARPS = 8
 COLUMNS = 4096  # of which the bound is found
 WORDS = 2048  # of a tile where some are kept, which takes registers
+READ = 64, 16  # columns of so many tiles that are looked through at a time,
+READ_WARPS = 4
 LONGEST = COLUMNS // 4  # list: a longer one would need more columns
 CAPACITY = 512  # words kept of a row, or four times the list
 SCRATCH = 1 << 23  # words kept of all rows at a time: 64 MiB
@@ -83,93 +89,113 @@ def _row(
 def _bounds(
     logits,  # [B, T, V] any float dtype, last dimension contiguous
     valid,  # [N] uint8, or None
-    tops,  # [rows] float32 out: the largest logit
     bounds,  # [rows] int32 out: the bound, as `_key` has it
+    columns,  # [rows, CAPACITY] int32 out: those with words at the bound
+    counts,  # [rows] int32 out: how many columns there are, written or not
+    log_sum_out,  # [N] float32 out
     stride_batch,
     stride_row,
     first,  # row of the first program
     length,  # T
     vocab,  # V
+    scale,  # 1 / temperature
     K: tl.constexpr,  # at most V
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns: LANES * VECTOR, as often as it takes
+    LANES: tl.constexpr,
+    CAPACITY: tl.constexpr,
     ALIGNED: tl.constexpr,  # every row starts on a 16-byte boundary
     VECTOR: tl.constexpr,
 ):
+    STEP: tl.constexpr = LANES * VECTOR
+    LOADS: tl.constexpr = BLOCK // STEP
     LOWEST_KEY_: tl.constexpr = LOWEST_KEY
+    LOG2_E_: tl.constexpr = LOG2_E
     own = tl.program_id(0).to(tl.int64)
     row = first + own
     row_logits, shift = _row(logits, row, stride_batch, stride_row, length, ALIGNED, VECTOR)
     live = True
     if valid is not None:
         live = tl.load(valid + row) != 0
-    word = tl.arange(0, BLOCK)
+    lane = tl.arange(0, LANES)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    word = tl.arange(0, LOADS)[:, None, None] * STEP + lane
     pointers = row_logits + word
-    column = tl.full([BLOCK], -float("inf"), tl.float32)
+    scale_log2 = scale * LOG2_E_
+    column = tl.full([LOADS, LANES, VECTOR], -float("inf"), tl.float32)
+    maximum = tl.full([LANES], -float("inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
     for tile in range(tl.where(live, (vocab + shift + BLOCK - 1) // BLOCK, 0)):
         x = _tile(pointers, word, tile * BLOCK, shift, vocab + shift, BLOCK)
         column = tl.maximum(column, x)
+        new = tl.maximum(maximum, tl.max(tl.max(x, 2), 0))
+        centre, delta = move(maximum, new)
+        weight = tl.exp2((x - centre[None, :, None]) * scale_log2)
+        total = total * tl.exp2(delta * scale_log2) + tl.sum(tl.sum(weight, 2), 0)
+        maximum = new
     key = _key(column)
     bound = tl.full([], LOWEST_KEY_, tl.int32)
     for step in range(32):
         raised = _raised(bound, 31 - step)
         bound = tl.where(tl.sum((key >= raised).to(tl.int32)) >= K, raised, bound)
-    tl.store(tops + own, tl.max(column, 0))
+    hit = tl.reshape(((key >= bound) & (column > -float("inf"))).to(tl.int32), [BLOCK])
+    place = tl.cumsum(hit, 0) - 1
+    here = tl.arange(0, BLOCK)
+    tl.store(columns + own * CAPACITY + place, here, mask=(hit != 0) & (place < CAPACITY))
+    _, delta = move(maximum, tl.max(maximum, 0))
+    log_sum = tl.log(tl.sum(total * tl.exp2(delta * scale_log2), 0))
     tl.store(bounds + own, bound)
+    tl.store(counts + own, tl.sum(hit))
+    tl.store(log_sum_out + row, tl.where(live, log_sum, 0.0))
 
 
 @triton.jit
 def _candidates(
-    logits,  # as the next ones: see _bounds
-    valid,
-    tops,  # [rows]
+    logits,  # as the next one: see _bounds
     bounds,  # [rows]
+    columns,  # [rows, CAPACITY]
     candidates,  # [rows, CAPACITY] int64 out: a number a word
-    counts,  # [rows] int32 out: how many words there are, kept or not
-    log_sum_out,  # [N] float32 out
+    counts,  # [rows] int32: of columns; out: how many words there are, kept or not
     stride_batch,
     stride_row,
     first,
     length,
     vocab,
-    scale,  # 1 / temperature
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # as _bounds has it
     CAPACITY: tl.constexpr,
+    ACROSS: tl.constexpr,
+    DOWN: tl.constexpr,
     ALIGNED: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    LOG2_E_: tl.constexpr = LOG2_E
     own = tl.program_id(0).to(tl.int64)
-    row = first + own
     candidates += own * CAPACITY
-    row_logits, shift = _row(logits, row, stride_batch, stride_row, length, ALIGNED, VECTOR)
-    live = True
-    if valid is not None:
-        live = tl.load(valid + row) != 0
-    word = tl.arange(0, BLOCK)
-    pointers = row_logits + word
+    columns += own * CAPACITY
+    row_logits, shift = _row(logits, first + own, stride_batch, stride_row, length, ALIGNED, VECTOR)
     bound = tl.load(bounds + own)
-    top = tl.load(tops + own)
-    centre = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.zeros([BLOCK], tl.float32)
-    kept = 0
-    for tile in range(tl.where(live, (vocab + shift + BLOCK - 1) // BLOCK, 0)):
-        x = _tile(pointers, word, tile * BLOCK, shift, vocab + shift, BLOCK)
-        total += tl.exp2((x - centre) * (scale * LOG2_E_))
-        hit = (_key(x) >= bound) & (x > -float("inf"))
-        found = tl.sum(hit.to(tl.int32))
-        if found > 0:
+    count = tl.load(counts + own)
+    across = tl.arange(0, ACROSS)
+    down = tl.arange(0, DOWN)
+    tiles = (vocab + shift + BLOCK - 1) // BLOCK
+    kept = tl.where(count > CAPACITY, count, 0)  # words at least
+    for start in range(0, tl.where(count > CAPACITY, 0, count), ACROSS):
+        listed = start + across < count
+        column = tl.load(columns + start + across, mask=listed, other=0)
+        for tile in range(0, tiles, DOWN):
+            at = (tile + down)[:, None] * BLOCK + column[None, :]
+            inside = listed[None, :] & (at >= shift) & (at < vocab + shift)
+            x = tl.load(row_logits + at, mask=inside, other=-float("inf")).to(tl.float32)
+            x = tl.reshape(x, [DOWN * ACROSS])
+            hit = (_key(x) >= bound) & (x > -float("inf"))
             place = kept + tl.cumsum(hit.to(tl.int32), 0) - 1
-            _keep(candidates, x, hit, place, tile * BLOCK + word - shift, CAPACITY)
-            kept += found
+            _keep(candidates, x, hit, place, tl.reshape(at, [DOWN * ACROSS]) - shift, CAPACITY)
+            kept += tl.sum(hit.to(tl.int32))
     tl.store(counts + own, kept)
-    tl.store(log_sum_out + row, tl.where(live, tl.log(tl.sum(total, 0)), 0.0))
 
 
 @triton.jit
 def _exactly(
-    logits,  # as the next ones: see _candidates
-    candidates,
-    counts,
+    logits,  # as the next ones: see _bounds
+    candidates,  # [rows, CAPACITY] int64 out
+    counts,  # [rows] int32: of words; out: of those kept
     stride_batch,
     stride_row,
     first,
@@ -276,26 +302,27 @@ def select(
     capacity = max(CAPACITY, power_of_2(4 * kept))
     step = max(1, min(rows, SCRATCH // capacity))
     candidates = torch.empty(step, capacity, dtype=torch.int64, **new)
+    columns = torch.empty(step, capacity, dtype=torch.int32, **new)
     counts, bounds = torch.empty(2, step, dtype=torch.int32, **new)
-    tops = torch.empty(step, dtype=torch.float32, **new)
     widest = power_of_2(max(vocab, vector) + vector)  # a short row is one tile, wherever it begins
-    columns, words = min(COLUMNS, widest), min(WORDS, widest)
+    width = min(COLUMNS, widest)
+    tile = dict(BLOCK=width, CAPACITY=capacity)
     layout = dict(ALIGNED=is_aligned(logits, vector), VECTOR=vector)
     mask = None if valid is None else valid.view(torch.uint8)
     for first in range(0, rows, step):
-        programs, strides = (min(step, rows - first),), logits.stride()[:2]
+        programs = (min(step, rows - first),)
+        place = *logits.stride()[:2], first, length, vocab
         launch(
-            _bounds, programs, logits, mask, tops, bounds, *strides, first, length, vocab, K=kept,
-            BLOCK=columns, **layout, num_warps=WARPS,
+            _bounds, programs, logits, mask, bounds, columns, counts, log_sum, *place, scale,
+            K=kept, LANES=min(WARP * WARPS, width // vector), **tile, **layout, num_warps=WARPS,
         )  # fmt: skip
         launch(
-            _candidates, programs, logits, mask, tops, bounds, candidates, counts, log_sum,
-            *strides, first, length, vocab, scale, BLOCK=words, CAPACITY=capacity, **layout,
-            num_warps=WARPS,
+            _candidates, programs, logits, bounds, columns, candidates, counts, *place,
+            ACROSS=READ[0], DOWN=READ[1], **tile, **layout, num_warps=READ_WARPS,
         )  # fmt: skip
         launch(
-            _exactly, programs, logits, candidates, counts, *strides, first, length, vocab,
-            K=kept, BLOCK=words, CAPACITY=capacity, **layout, num_warps=WARPS,
+            _exactly, programs, logits, candidates, counts, *place, K=kept,
+            BLOCK=min(WORDS, widest), CAPACITY=capacity, **layout, num_warps=WARPS,
         )  # fmt: skip
         launch(
             _order, programs, candidates, counts, ids, values, first, LENGTH=k, CAPACITY=capacity,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from drift_gate.bench import (
     compare,
+    device_time,
     growth,
     readme_table,
     record,
@@ -237,6 +238,16 @@ def test_growth_of_the_cost():
 
 
 # Running.
+
+
+def test_kernels_that_differ_behind_their_namespaces_are_told_apart():
+    rest = "(at::TensorIteratorBase&)::{lambda()#1}::operator()() const"
+    names = (
+        f"void at::native::vectorized_elementwise_kernel<4, at::native::{one}{rest}"
+        for one in ("sin_kernel_cuda", "AUnaryFunctor<float, float, float>")
+    )
+    sine, other = map(device_time.short_name, names)
+    assert sine.startswith("vectorized_elementwise_kernel<4, sin_kernel_cuda(") and sine != other
 
 
 def test_the_kernels_of_a_call_are_listed():

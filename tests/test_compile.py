@@ -14,6 +14,7 @@ import triton
 from conftest import KERNELS
 from drift_gate.kernels import gather, head, lanes, rows, sparse
 from drift_gate.kernels import scan as scan_pass
+from drift_gate.kernels import select as selection
 from drift_gate.kernels.expand import expand
 from drift_gate.kernels.measured import measured_rows
 from drift_gate.kernels.scan import scan
@@ -36,7 +37,8 @@ EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], i
 
 @pytest.fixture(autouse=True)
 def lanes_are_threads(target, monkeypatch):
-    monkeypatch.setattr(lanes, "WARP", TARGETS[target].warp_size)
+    for module in (lanes, selection):
+        monkeypatch.setattr(module, "WARP", TARGETS[target].warp_size)
 
 
 def compiled(target: str, name: str, run) -> Report:
@@ -79,14 +81,16 @@ def test_scan_of_several_ids_split_over_programs(target, monkeypatch):
     ("dtype", "vocab"), [(torch.bfloat16, ALIGNED), (torch.float32, ODD)], ids=str
 )
 def test_select(target, dtype, vocab):
-    """The passes over the row. Where words are kept their places are counted, over barriers."""
+    """The pass over the row, without a barrier but for the bound, and those over parts of it."""
     logits, valid = torch.empty(1, ROWS, vocab, dtype=dtype), torch.ones(ROWS, dtype=torch.bool)
     with compile_only(target) as launches:
         select(logits, 64, valid, 1.0)
     bounds, candidates, exactly, _ = (report(launch.kernel) for launch in launches)
     assert [x.spill_bytes for x in (bounds, candidates, exactly)] == [0, 0, 0]
-    assert bounds.registers <= 64 and candidates.registers <= 128
-    assert bounds.widest_load >= 128 and candidates.widest_load >= 64
+    # Four programs of 8 warps a multiprocessor; of float32, which need no conversion, three.
+    assert bounds.registers <= (64 if dtype == torch.bfloat16 else 80)
+    assert bounds.widest_load >= 128
+    assert candidates.registers <= 64
 
 
 @EACH_VOCAB

@@ -74,7 +74,7 @@ def check(
     losses = (torch.cat([x[1][1], x[0][None]]) for x in (tuple(y.cpu() for y in got), eager, truth))
     assert_as_good_as(*losses, name="loss")
     # How far the terms of a signed mean cancel is chance: it is judged beside the largest of them.
-    scale = truth[1][4].abs().max().nan_to_num(0.0, 0.0) if len(target) else 0.0
+    scale = truth[1][4].abs().nan_to_num(0.0, 0.0).max() if len(target) else 0.0
     for name, x, y, z in zip(row_sums.METRICS, got[3].cpu(), eager[3], truth[3], strict=True):
         if name == "drift_signed" or name == "ppo_kl":
             x, y, z = (torch.stack([q, q.new_tensor(float(scale))]) for q in (x, y, z))

@@ -172,6 +172,7 @@ def test_losses(kernels_on_cpu, form, mode):
     ("form", "softcap"), [("opd", None), ("opd", 6.0), ("tail", None), ("full", None)]
 )
 def test_losses_of_float32_logits(kernels_on_cpu, form, softcap):
+    """So many problems that a truncated gradient of the weight would show."""
     options = {"chunk_size": 16, "gate": DriftGate(block_size=8)}
     if form == "tail":
         form, options["support"] = "topk", "tail"
@@ -180,9 +181,12 @@ def test_losses_of_float32_logits(kernels_on_cpu, form, softcap):
             form, 2, 14, vocab=40, seed=seed, dtype=torch.bfloat16, softcap=softcap,
             logits_dtype=torch.float32,
         )
-        for seed in range(2)
+        for seed in range(4)
     ]  # fmt: skip
-    assert_same_budget(problems, "triton", device=kernels_on_cpu, metrics=False, **options)
+    words = problems[0].weight.shape[1]
+    assert_same_budget(
+        problems, "triton", device=kernels_on_cpu, metrics=False, of_words=words, **options
+    )
 
 
 def test_lists_need_no_dense_product(kernels_on_cpu):

@@ -244,6 +244,20 @@ def test_rounding_passes_and_truncation_does_not() -> None:
         assert_as_good_as(truncated(x), x.bfloat16(), x.double())
 
 
+def test_errors_that_neighbours_share_are_as_many_as_their_means() -> None:
+    """Chance that leaves a mean of few roundings is none of many; a truncation is still seen."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(200, 1, generator=generator).expand(200, 24)
+    x = x * (1 + torch.rand(200, 24, generator=generator))
+    shared = torch.randn(200, 1, generator=generator) + 0.2
+    got, eager = ((x.double() * (1 + 1e-3 * s)).float() for s in (shared, -shared + 0.4))
+    with pytest.raises(AssertionError, match="biased"):
+        assert_as_good_as(got, eager, x.double())
+    assert_as_good_as(got, eager, x.double(), together=24)
+    with pytest.raises(AssertionError, match=r"biased.*towards zero"):
+        assert_as_good_as(truncated(x), x.bfloat16(), x.double(), together=24)
+
+
 @pytest.mark.parametrize("times, passes", [(1, True), (1.9, True), (3, False)])
 def test_error_budget(times: float, passes: bool) -> None:
     generator = torch.Generator().manual_seed(0)
