@@ -14,7 +14,8 @@
 #     steps.json     training steps of a whole model
 #     chunks.json    time against memory of the fused head, by rows a chunk
 #     peers.json     the README's rows again, with whoever else is installed, in the time left
-#     tuning.tgz     where there would be more than eight files: sweep, chunks and logits
+#     more.json      the likeliest words
+#     tuning.tgz     where there would be more than eight files: all but rows and steps
 #
 # In order of importance, by the list of parts below; a part that fails, or runs out of its time,
 # leaves the others alone, and what it had measured is kept. Needs torch, Triton, numpy, pytest,
@@ -35,7 +36,7 @@ FIRST='compile_on_a_gpu or pytorch_backend_on_a_gpu or fused_head_waits or short
   or float32_logits or kernels_select or measured_rows or launches or tells_its_kernels
   or gather_in_slices'
 SUITES='linear_topk_loss linear_opd_loss topk_loss opd_loss full_loss'
-MORE='top_k_log_probs linear_top_k_log_probs'  # without rows in the README: gpu.txt alone has them
+MORE='top_k_log_probs linear_top_k_log_probs'
 OWN='drift_gate or GEMM'
 WHOLE=full_loss  # of it the eager JSD, for which 80 GB are enough if the allocator wastes none
 STEPS='layers or eager or drift_gate'
@@ -56,7 +57,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/drift_gate_triton}
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
-LOG=$OUT/gpu.txt RESULTS=$OUT
+LOG=$OUT/gpu.txt
 SECONDS=0
 
 if [ -z "$DRY" ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -108,8 +109,8 @@ bench() {
   for suite in "$@"; do files+=("bench/suites/test_$suite.py"); done
   part "$name" "$limit" "$LOG" "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short \
     "${files[@]}" -k "$chosen" --benchmark-quiet --bench-grid "$grid" --bench-rounds "$ROUNDS" \
-    --bench-tiles "$OUT/sweep.json" --bench-budget $((limit - 15)) --bench-out "$RESULTS/$name.json"
-  timeout 30 "$PYTHON" -m drift_gate.bench.summary --no-pictures "$RESULTS/$name.json" 2>&1 |
+    --bench-tiles "$OUT/sweep.json" --bench-budget $((limit - 15)) --bench-out "$OUT/$name.json"
+  timeout 30 "$PYTHON" -m drift_gate.bench.summary --no-pictures "$OUT/$name.json" 2>&1 |
     tee -a "$LOG"
 }
 
@@ -167,7 +168,7 @@ measure() {
       --sweep "$OUT/sweep.json" --out "$SCRATCH/profile.txt" ;;
     chunks) part chunks 30 "$LOG" "$PYTHON" -m drift_gate.bench.chunks $CHUNKS \
       --out "$OUT/chunks.json" ;;
-    more) RESULTS=$SCRATCH bench more 30 "$QUICK" "$OWN" $MORE ;;
+    more) bench more 30 "$QUICK" "$OWN" $MORE ;;
     peers) bench peers $((LIMIT - SECONDS > 45 ? LIMIT - SECONDS - 30 : 15)) "$GRID" "$ALL" $SUITES ;;
   esac
 }
@@ -181,6 +182,8 @@ done
 
 # No more than eight files come back from some machines.
 if [ "$(find "$OUT" -type f | wc -l)" -gt 8 ]; then
-  (cd "$OUT" && tar -czf tuning.tgz --remove-files sweep.json chunks.json logits.json)
+  # shellcheck disable=SC2012
+  (cd "$OUT" && ls | grep -xE '(sweep|chunks|logits|jsd|more).json' |
+    tar -czf tuning.tgz --remove-files -T -)
 fi
 echo "== after $SECONDS s, in $OUT: $(cd "$OUT" && echo *)" | tee -a "$LOG"
