@@ -158,7 +158,7 @@ measure() {
       bench jsd 45 "$GRID" "($OWN) and jsd" $WHOLE ;;
     logits) bench logits 45 "$GRID" "$LOGITS" linear_opd_loss linear_full_loss ;;
     tests) kernel_tests tests 100 tests/test_gpu.py tests/test_bench_device.py tests/test_kernels_*.py ;;
-    host) bench host 40 "$GRID" 'test_host' host ;;
+    host) bench host 60 "$GRID" 'test_host' host ;;
     long) bench long 40 "$GRID" "$LONG" "$LONG_SUITE" ;;
     steps) bench steps 120 "$GRID" "$STEPS" train_step ;;
     sweep) part sweep 50 "$LOG" "$PYTHON" -m drift_gate.bench.sweep $TINY --add \

@@ -26,8 +26,9 @@ def markdown(results: Iterable[Result]) -> list[str]:
         "| forward and backward | tokens x words | eager | torch.compile | drift_gate |",
         "|---|---|---|---|---|",
     ]
-    for rows, on_gpu in ((targets.GPU, True), (targets.CPU, False)):
-        mine = [r for r in results if ("cuda" in r.machine) == on_gpu]
+    each = [(targets.GPU, mine) for mine in targets.by_device(results, True, targets.GPU)]
+    each += [(targets.CPU, mine) for mine in targets.by_device(results, False, targets.CPU)]
+    for rows, mine in each:
         chosen = [(name, _target(rows, *rest)) for name, *rest in LINES]
         found = [(name, target, targets.find(target, mine)) for name, target in chosen]
         shown = [one for one in found if one[1].implementation in one[2]]

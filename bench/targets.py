@@ -297,10 +297,8 @@ def _cells(target: Target, found: Found, gpu: bool) -> list[str]:
     if ours not in sound(found.values()):
         return ["wrong"] * (2 if gpu else 1) + ["-", ""]
     extra = extra_memory(target, ours, found, gpu)
-    ratios: list[Ratio | None] = [cpu_time(target, ours, found)]
-    if gpu:
-        ratios = list(gpu_times(target, ours, found))
-    elif ratios[0] is None or extra is None:
+    ratios = gpu_times(target, ours, found) if gpu else (cpu_time(target, ours, found),)
+    if not gpu and (ratios[0] is None or extra is None):
         return absent
     limits = (target.time, target.call) if gpu else (target.time,)
     seconds = (ours.device, ours.median) if gpu else (ours.median,)
@@ -325,12 +323,27 @@ def _other(peer: Result | None) -> str:
     return f"{peer.implementation}{ratio}, {1e3 * peer.median:.4g} ms"
 
 
+def by_device(results: Iterable[Result], gpu: bool, rows: Iterable[Target]) -> list[list[Result]]:
+    """The results of each device on which one of the rows was measured; a list without any else.
+
+    Devices are not mixed: what a row compares was measured side by side.
+    """
+    found: dict[str, list[Result]] = {}
+    for r in results:
+        if ("cuda" in r.machine) == gpu:
+            found.setdefault(r.machine["device"], []).append(r)
+    mine = [found[name] for name in sorted(found)]
+    return [one for one in mine if any(row.implementation in find(row, one) for row in rows)] or [
+        []
+    ]
+
+
 def tables(results: list[Result]) -> list[str]:
-    """Both tables, in Markdown; results of one kind of device each."""
-    on_gpu = [r for r in results if "cuda" in r.machine]
-    on_cpu = [r for r in results if "cuda" not in r.machine]
+    """A table for each device, in Markdown."""
     text = []
-    for title, targets, mine in (("GPU", GPU, on_gpu), ("CPU", CPU, on_cpu)):
+    each = [("GPU", GPU, one) for one in by_device(results, True, GPU)]
+    each += [("CPU", CPU, one) for one in by_device(results, False, CPU)]
+    for title, targets, mine in each:
         gpu = title == "GPU"
         used = [r for target in targets for r in find(target, mine).values()]
         times = "device | call" if gpu else "time"

@@ -199,7 +199,8 @@ def test_the_pages_are_those_of_the_committed_results():
     """`make readme-table` writes them."""
     results = record.read(readme_table.RESULTS)
     short = readme_table.first_screen(results)
-    assert short.count("**") == 4 and short.count(" ms, ") == 2 * 3 * len(short_table.LINES)
+    devices = short.count("**") // 2  # each with the eager loss and this package's, or more
+    assert devices >= 3 and short.count(" ms, ") >= 2 * devices * len(short_table.LINES)
     for path, text in (
         (readme_table.README, short),
         (readme_table.PAGE, readme_table.figures(results)),
