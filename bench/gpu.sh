@@ -23,7 +23,8 @@
 # unpacked for the time of the run: peers that the machine lacks. With --dry, or without a CUDA
 # device, every part runs on tiny inputs on the CPU.
 #
-#     PARTS    what to run, of those below
+#     PARTS    what to run, of those below, in this order
+#     TUNE     passes whose tiles are tuned before the rows are measured
 #     LIMIT    seconds for everything
 #     PYTHON   the interpreter
 set -u
@@ -31,7 +32,7 @@ cd "$(dirname "$0")/.." || exit 1
 
 # What runs, and what is new and belongs into it: parts in their order; the tests that come first;
 # the suites of which the README has rows; and what of them is this package's or its unit.
-ALL_PARTS='first head ceilings targets jsd logits tests host long steps sweep profile chunks more peers'
+ALL_PARTS='first head ceilings targets jsd more logits tests host long steps sweep profile chunks peers'
 FIRST='compile_on_a_gpu or pytorch_backend_on_a_gpu or fused_head_waits or shorter_gradient
   or float32_logits or kernels_select or measured_rows or launches or tells_its_kernels
   or gather_in_slices'
@@ -46,6 +47,7 @@ if [ "${1:-}" = --dry ]; then DRY=1; shift; fi
 OUT=${1:-${OUT:-runs/gpu}}
 PARTS=${PARTS:-$ALL_PARTS}
 LIMIT=${LIMIT:-350}
+TUNE=${TUNE:-select gather sparse}
 PYTHON=${PYTHON:-$(command -v python3 || command -v python)}
 SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH"' EXIT
@@ -106,6 +108,7 @@ bench() {
   local name=$1 limit=$2 grid=$3 chosen=$4 files=() suite
   shift 4
   case " $PARTS " in *" $name "*) ;; *) return ;; esac
+  [ "$limit" -lt $((LIMIT - SECONDS)) ] || limit=$((LIMIT - SECONDS))
   for suite in "$@"; do files+=("bench/suites/test_$suite.py"); done
   part "$name" "$limit" "$LOG" "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short \
     "${files[@]}" -k "$chosen" --benchmark-quiet --bench-grid "$grid" --bench-rounds "$ROUNDS" \
@@ -150,7 +153,7 @@ measure() {
   case $1 in
     first) kernel_tests first 45 tests/test_gpu.py tests/test_bench_device.py tests/test_kernels_*.py \
       -k "$(echo $FIRST)" ;;
-    head) part head 45 "$LOG" "$PYTHON" -m drift_gate.bench.sweep $TINY --only select gather sparse \
+    head) part head 45 "$LOG" "$PYTHON" -m drift_gate.bench.sweep $TINY --only $TUNE \
       --seconds "$HEAD" --out "$OUT/sweep.json" ;;
     ceilings) part ceilings 20 "$LOG" "$PYTHON" -m drift_gate.bench.ceilings $TINY ;;
     targets) bench targets 115 "$GRID" "$SHORT" $SUITES ;;
@@ -173,7 +176,7 @@ measure() {
   esac
 }
 
-for one in $ALL_PARTS; do
+for one in $PARTS; do
   measure "$one"
   if [ "$one" = first ] && [ -n "$built" ]; then
     wait "$built" && echo "== built the functions in C" >>"$LOG"

@@ -26,7 +26,7 @@ from drift_gate.bench.measure import device_name
 from drift_gate.bench.record import Result
 from drift_gate.bench.replay import CLOCK
 
-TUNED = "gather", "sparse"  # passes whose tiles --bench-tiles may set: they are constants alone
+TUNED = "gather", "select", "sparse"  # whose tiles --bench-tiles may set: they are constants
 WRITTEN = 2.0  # seconds between two writes; one more comes at the end, however it comes
 AnySuite = Suite | HostSuite | train_step.StepSuite
 Measured = tuple[AnySuite, Case, Implementation | Entry | train_step.Entry]
