@@ -124,8 +124,9 @@ wheel-check: .venv/.installed  ## build the wheel from the sdist, and import it 
 	  import drift_gate.kernels.scan as kernels, drift_gate.bench.targets as bench; \
 	  assert all(module.__file__.startswith(os.getcwd()) for module in (kernels, bench))"
 
-wheels: .venv/wheels/.installed  ## manylinux wheels for every Python, with the functions in C (needs Docker)
-	.venv/wheels/bin/python -m cibuildwheel --platform linux --output-dir dist
+# From the sdist, which has neither .venv nor .git.
+wheels: wheel-check .venv/wheels/.installed  ## manylinux wheels for every Python, with the functions in C (needs Docker)
+	.venv/wheels/bin/python -m cibuildwheel --platform linux --output-dir dist dist/*.tar.gz
 	for wheel in dist/*manylinux*.whl; do \
 	  $(PYTHON) -m zipfile -l $$wheel | grep -q passes/native/_rows || { echo "$$wheel has no C" >&2; exit 1; }; done
 

@@ -152,7 +152,10 @@ def markdown(results: Iterable[Result]) -> list[str]:
         lines += [f"{steps.title[:1].upper()}{steps.title[1:]} ({where(steps.machine)}):", ""]
         lines += [f"| | {' | '.join(HEADINGS)} |", "|---|---|---|---|---|"]
         lines += [f"| {' | '.join([bar.name, *cells(bar)])} |" for bar in steps.bars]
-        lines += [f"| {name} | {why} | | | |" for name, why in steps.left_out.items()] + [""]
+        lines.append("")
+        if steps.left_out:
+            why = "; ".join(f"{name} ({reason})" for name, reason in steps.left_out.items())
+            lines += [f"Left out: {why}.", ""]
     return lines
 
 
