@@ -89,6 +89,9 @@ def test_a_run_ends_with_a_table_a_report_and_a_picture(finished: tuple[Path, st
     assert costs[:2] == [("opd", costs[0][1]), ("lsm", costs[0][1])]
     assert costs[2:] == [("opd", cost.WORDS), ("lsm", cost.WORDS)]
     assert all(min(row["bytes"].values()) > 0 for row in report["loss_cost"])
+    moved, compared = report["in_words"]
+    assert " ".join(printed.split()).endswith(f"{moved} {compared}")
+    assert "one seed cannot say" in compared
     assert "…" not in printed and max(map(len, printed.splitlines())) <= 80
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert not list(out.rglob("*.pt")) and not list(out.rglob(".*"))
@@ -118,6 +121,8 @@ def test_a_study_of_several_seeds_has_intervals_over_seeds_and_problems(
     assert {len(counts) for run in found["runs"] for counts in run["right"].values()} == {3}
     (tmp_path / "report.json").unlink()
     assert run("--resume", tmp_path, "--workers", 1).output.count("seeds and problems") == 1
+    _, compared = json.loads((tmp_path / "report.json").read_text())["in_words"]
+    assert compared.startswith(("None of 8 gains", "Of 8 gains"))
 
 
 def test_a_study_without_counts_by_problem_takes_its_seeds_alone() -> None:
@@ -143,6 +148,12 @@ def test_the_page_shows_the_committed_study() -> None:
     committed = json.loads(study.RESULTS.read_text())
     assert shown.strip() == "\n".join(study.section(committed))
     assert {row["seeds"] for row in committed["rows"][2:]} == {5}
+
+
+def test_a_log_has_a_line_for_each_run_that_is_finished(finished: tuple[Path, str]) -> None:
+    lines = [line for line in finished[1].splitlines() if " of 8 runs" in line]
+    assert [line.split(":")[0] for line in lines[:3]] == ["student", "teacher", "opd_e2_s0"]
+    assert "8 of 8 runs, nothing to go" in lines[-1] and "1 of 8 runs" in lines[0]
 
 
 def test_two_workers_make_the_table_of_one(

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import measure
-from . import cost, files, report
+from . import cost, files, findings, progress, report
 from .evaluation import benchmarks_of, training_problems
-from .jobs import BASE, Work
+from .jobs import Work
 from .models import WEIGHTS, check_pair
-from .settings import Job, Settings, jobs
+from .settings import Settings, jobs
 from .workers import all_jobs, one_thread, run_all
 
 SETTINGS = "settings.json"
@@ -59,21 +58,23 @@ def _bytes_needed(settings: Settings) -> int:
 
 
 def run(work: Work, workers: int, console: Console) -> dict[str, Any]:
-    """Do what is still to be done; write `report.json` and `report.png`, and print the table.
+    """Do what is still to be done; write `report.json` and `report.png`, and print what they say.
 
     Raises:
         Interrupted, Failed, CannotWrite: see `run_all`.
     """
     everything = jobs(work.settings)
     pending = all_jobs(work, everything)
-    with _bars(console) as progress:
-        run_all(pending, work, workers, Bars(progress, work, everything).show)
+    with progress.bars(console) as bars:
+        run_all(pending, work, workers, progress.Shown(bars, work, everything).take)
     summary = report.summarize(work, everything)
+    words = findings.in_words(summary["rows"], report.labels(summary["rows"]))
     with console.status("time and memory of the losses"), one_thread(work):
         costs = cost.measure(work)
     found = dict(
         settings=work.settings.to_json(),
         machine=measure.environment(torch.device(work.settings.device)),
+        in_words=words,
         **summary,
         loss_cost=costs,
     )
@@ -84,55 +85,5 @@ def run(work: Work, workers: int, console: Console) -> dict[str, Any]:
     files.write({report_file: files.as_json(found), picture: image})
     console.print(*report.tables(summary, work.settings), sep="\n")
     console.print(f"{report_file} and {picture.name}", highlight=False)
+    console.print(*words, sep="\n", highlight=False)
     return found
-
-
-def _bars(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"), TimeElapsedColumn(), console=console,
-    )  # fmt: skip
-
-
-class Bars:
-    """A bar a variant, over its seeds and reuse epochs; one for the models before training."""
-
-    def __init__(self, progress: Progress, work: Work, everything: list[Job]) -> None:
-        self.progress = progress
-        self.names = {job.key: job.variant.name for job in everything}
-        self.names |= dict.fromkeys(BASE, "before training")
-        steps = work.settings.steps
-        self.done = {
-            key: (1 if key in BASE else steps) if work.done(key) is not None else 0
-            for key in self.names
-        }
-        self.bars: dict[str, Any] = {}
-        self.shown: dict[str, str] = {}
-        for name in dict.fromkeys(["before training", *self.names.values()]):
-            keys = [key for key in self.names if self.names[key] == name]
-            total = sum(1 if key in BASE else steps for key in keys)
-            self.bars[name] = progress.add_task(name, total=total, state="", start=False)
-            self._advance(name)
-
-    def show(self, key: str, state: dict[str, Any]) -> None:
-        """Take a job's news."""
-        name = self.names[key]
-        bar = self.bars[name]
-        self.progress.start_task(bar)
-        if key in BASE:
-            self.done[key] = 1
-        elif "completed" in state:
-            self.done[key] = state["completed"]
-        if "loss" in state:
-            self.shown[name] = "loss {loss:+.4f}  drift {drift:.3f}  gate {gate:.3f}".format(
-                **state
-            )
-        shown = "evaluating" if "evaluating" in state else self.shown.get(name, "")
-        self.progress.update(bar, state=shown)
-        self._advance(name)
-        if self.progress.tasks[bar].finished and "done" in state:
-            self.progress.stop_task(bar)
-
-    def _advance(self, name: str) -> None:
-        keys = [key for key in self.names if self.names[key] == name]
-        self.progress.update(self.bars[name], completed=sum(self.done[key] for key in keys))

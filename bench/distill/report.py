@@ -80,7 +80,7 @@ def summarize(work: Work, jobs: list[Job]) -> dict[str, Any]:
     groups: dict[tuple[str, int], list[Result]] = {}
     for job in jobs:
         groups.setdefault((job.variant.name, job.epochs), []).append(_finished(work, job.key))
-    baselines = {job.variant.name: job.variant.baseline for job in jobs}
+    variants = {job.variant.name: job.variant for job in jobs}
     rows: list[dict[str, Any]] = []
     for name in BASE:
         figures = figures_of([_finished(work, name)], samples)
@@ -89,12 +89,11 @@ def summarize(work: Work, jobs: list[Job]) -> dict[str, Any]:
     for (name, epochs), results in groups.items():
         row: dict[str, Any] = dict(
             name=name, epochs=epochs, seeds=len(results), figures=figures_of(results, samples),
-            movement=movement_of(results),
+            movement=movement_of(results), gated=variants[name].gate is not None,
         )  # fmt: skip
         mean = row["figures"][METRICS[0]]["mean"]
         row["gap_closed"] = (mean - start) / (goal - start) if goal != start else None
-        if baselines[name] is not None:
-            against = groups[baselines[name], epochs]
+        if against := groups.get((variants[name].baseline or "", epochs)):
             row["gain"] = difference_of(results, against, samples)
         rows.append(row)
     return dict(
@@ -111,7 +110,7 @@ def _finished(work: Work, key: str) -> Result:
 def tables(summary: dict[str, Any], settings: Any) -> list[Table]:
     """For the terminal, in 80 columns; nothing in them depends on the clock."""
     seeds = f"{settings.seeds} seeds" if settings.seeds > 1 else f"seed {settings.seed}"
-    several = len({row["epochs"] for row in summary["rows"][len(BASE) :]}) > 1
+    several = _several(summary["rows"])
     over, alone = "seeds and problems", ""
     if settings.seeds == 1:
         over, alone = "problems, of this one run", f"; {ONE_SEED}"
@@ -160,6 +159,16 @@ def _table(title: str, caption: str, *columns: str) -> Table:
     for name in columns:
         found.add_column(name, justify="right")
     return found
+
+
+def labels(rows: list[dict[str, Any]]) -> list[str]:
+    """Of all rows."""
+    return [label(row, _several(rows)) for row in rows]
+
+
+def _several(rows: list[dict[str, Any]]) -> bool:
+    """Whether runs differ in their reuse epochs."""
+    return len({row["epochs"] for row in rows[len(BASE) :]}) > 1
 
 
 def label(row: dict[str, Any], several: bool) -> str:
