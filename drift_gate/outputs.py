@@ -7,6 +7,12 @@ from torch import Tensor
 Metrics = dict[str, Tensor]
 
 
+def is_mostly_rounding(drift_abs: float, drift_noise: float) -> bool:
+    """Whether over half of a drift is what rounding of the logits alone would show (metrics of
+    these names). A policy that has not moved at all has neither: its logits are rounded alike."""
+    return 0.01 * drift_noise < drift_abs < 2 * drift_noise
+
+
 class GateOutput(NamedTuple):
     """Result of `gate_weights`; everything is detached and has the shape of `log_probs`."""
 
@@ -57,4 +63,10 @@ class LossOutput(NamedTuple):
     entropy: Tensor | None
     """Entropy of the student's distribution in nats, where asked for."""
     metrics: Metrics
-    """Detached scalars on the device of the loss: reading one synchronises, building them not."""
+    """Detached scalars on the device of the loss: reading one synchronises, building them not.
+
+    Means over the valid (of drifts: the measured) positions. `drift_noise` is the mean |drift| in
+    nats that rounding of the logits to bfloat16 or float16 alone would show between policies that
+    are a little apart; 0 for float32 (also where a head keeps it: `Head.logits_dtype`) and without
+    old log-probs; not there where the log-probs are the caller's. Logits that were rounded before
+    they were widened are not recognised."""

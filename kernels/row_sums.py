@@ -19,17 +19,20 @@ METRICS = (
     "drift_signed",
     "pg_clipfrac",
     "ppo_kl",
+    "drift_noise",
     "valid_tokens",
     "floored",
 )
-SUMS = tl.constexpr(13)  # rows of a column of `sums`; see `statistics_of`
+SUMS = tl.constexpr(14)  # rows of a column of `sums`; see `statistics_of`
 WHOLE = tl.constexpr(3)  # numbers of the whole call that follow the columns
 
 
 @triton.jit
-def statistics_of(raw, weight, drift, live, seen, loss, clipped, floored, GATE: tl.constexpr):
+def statistics_of(
+    raw, weight, drift, live, seen, loss, clipped, floored, noise, GATE: tl.constexpr
+):
     """What a tile's rows leave: loss, raw, share, squares, unit, least, most, |drift|, drift,
-    clipped, kl, floored, measured. share, squares: of the weights in units of `unit`."""
+    clipped, kl, floored, measured, noise. share, squares: of the weights in units of `unit`."""
     TINY_: tl.constexpr = TINY
     unit = 1.0
     if GATE == "given" or GATE == "none":  # squares of small weights may be none of float32's
@@ -50,6 +53,7 @@ def statistics_of(raw, weight, drift, live, seen, loss, clipped, floored, GATE: 
         tl.sum(kl, 0),
         tl.sum(floored.to(tl.float32), 0),
         tl.sum(seen.to(tl.float32), 0),
+        tl.sum(noise, 0),
     )
 
 
@@ -68,9 +72,10 @@ def conclude(
     SAMPLED: tl.constexpr,  # not all valid rows are measured
 ):
     """Store what the sums over all rows give."""
-    loss, raw, share, squares, _, least, most, drift_abs, drift, clipped, kl, floored, seen = (
-        statistics
-    )
+    (
+        loss, raw, share, squares, _, least, most, drift_abs, drift, clipped, kl, floored, seen,
+        noise,
+    ) = statistics  # fmt: skip
     some = n_valid > 0
     over = 1.0 / tl.maximum(n_valid.to(tl.float32), 1.0)
     over_drifts = over
@@ -89,8 +94,9 @@ def conclude(
     tl.store(out + 6, drift * over_drifts)
     tl.store(out + 7, clipped * over)
     tl.store(out + 8, kl * over_drifts)
-    tl.store(out + 9, n_valid.to(tl.float32))
-    tl.store(out + 10, floored)
+    tl.store(out + 9, noise * over_drifts)
+    tl.store(out + 10, n_valid.to(tl.float32))
+    tl.store(out + 11, floored)
     peak = n_valid.to(tl.float64) * 0.0  # `most` may be NaN
     log_mean = peak
     if GATE == "batch":
@@ -179,6 +185,7 @@ def _total(
         tl.sum(tl.where(one == 10, sums_of_rows, 0.0), 0),
         tl.sum(tl.where(one == 11, sums_of_rows, 0.0), 0),
         tl.sum(tl.where(one == 12, sums_of_rows, 0.0), 0),
+        tl.sum(tl.where(one == 13, sums_of_rows, 0.0), 0),
     )
     whole = sums + SUMS * programs
     n_valid = tl.load(whole).to(tl.int32, bitcast=True)

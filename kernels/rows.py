@@ -28,7 +28,8 @@ from .spans import plan_spans, reduce_spans
 TILES = Tiles()
 RATIOS = ("ppo", "importance", "cispo")  # estimators with a ratio
 OUT = 1 + len(METRICS)  # the loss, the metrics
-HEAD = 20  # numbers before those: totals, out, one to spare
+HEAD = 20  # numbers before those: totals, out
+NO_SPACING = None, None, 0, 1.0
 NO_BOUNDS = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
 
 
@@ -49,7 +50,7 @@ class _Plan(NamedTuple):
 
 
 def weigh(data: Any, gate: Any, given: Tensor | None = None) -> tuple[Tensor, ...]:
-    """weight [N], drift [N], first [N] int32, metrics [10], totals [4] float64."""
+    """weight [N], drift [N], first [N] int32, metrics [11], totals [4] float64."""
     _, table, first, metrics, totals = finish(data, gate, given, None, None, None, None)
     return table[0], table[1], first, metrics, totals
 
@@ -63,8 +64,8 @@ def finish(
     position: Any,
     reduce: Any,
 ) -> tuple[Tensor, ...]:
-    """loss [], table [5, N], first [N] int32, metrics [10], totals [4] float64."""
-    valid, now, old, _, borders, length, measured = data
+    """loss [], table [5, N], first [N] int32, metrics [11], totals [4] float64."""
+    valid, now, old, _, borders, length, measured, spacing = data
     n_rows, packed = valid.numel(), borders is not None
     length = length or 1
     shape = Shape(n_rows, length, borders.numel() - 1 if packed else n_rows // length, packed)
@@ -90,10 +91,12 @@ def finish(
         column += its
     if plan.sequences is not None:
         _normalise_sequences(plan, valid, borders, table, shape, tau)
+    maximum, log_sum, bits, scale = NO_SPACING if spacing is None or old is None else spacing
     launch(
         _sampled_token, (plan.programs,), now, old, target, valid, measured,
-        given if plan.options["GATE"] == "given" else None, row_weights, first, table, left, out,
-        totals, n_rows, plan.n_parts, tau, factor, *plan.bounds, **plan.options,
+        given if plan.options["GATE"] == "given" else None, row_weights, maximum, log_sum, first,
+        table, left, out, totals, n_rows, plan.n_parts, tau, factor, *plan.bounds, float(scale),
+        BITS=bits, **plan.options,
     )  # fmt: skip
     if plan.programs > 1:
         launch(

@@ -157,6 +157,32 @@ def _coefficient(factor, n_valid, begun, DENOMINATOR: tl.constexpr):
 
 
 @triton.jit
+def _spaced(z, scale, BITS: tl.constexpr):
+    """How far apart logits lie at z, with BITS of the mantissa beside its leading one; 0 at
+    infinities. What is left of a number without its mantissa is the power of two below it."""
+    SHARE: tl.constexpr = 2.0**-BITS
+    size = tl.abs(z / scale) * (1.0 + 2.0**-13)
+    power = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(size == float("inf"), 0.0, power * SHARE * scale)
+
+
+@triton.jit
+def _noise(now, maximum, log_sum, row, seen, scale, BITS: tl.constexpr):
+    """The mean |drift| of each row that rounding of the logits alone would show, see
+    `drift_gate/passes/rules.py`, Spacing; 0 where no drift is seen."""
+    top = tl.load(maximum + row, mask=seen, other=0.0)
+    log_s = tl.load(log_sum + row, mask=seen, other=0.0)
+    p = tl.exp(now)
+    largest = tl.exp(-log_s)
+    beside = tl.where(now + log_s > -1e-4, 0.0, largest)
+    rest = tl.maximum(1.0 - p - beside, 0.0)
+    squares = tl.minimum(rest * rest / 3.0, largest * rest) + beside * beside
+    own = _spaced(now + top + log_s, scale, BITS) * (1.0 - p)
+    others = _spaced(top, scale, BITS)
+    return tl.where(seen, tl.sqrt(own * own + others * others * squares) / 3.0, 0.0)
+
+
+@triton.jit
 def _sampled_token(
     now,  # [N] float32
     old,  # [N] float32, or None
@@ -165,6 +191,8 @@ def _sampled_token(
     measured,  # [N] uint8: which of the valid rows have a drift; None: all
     given,  # [N] float32: the weights with GATE "given"
     row_weights,  # [N] float32, or None
+    maximum,  # [N] float32, as the next, of the logits that `now` is of; None: nothing is rounded
+    log_sum,  # [N] float32
     first,  # [N] int32: with BLOCKS first valid row of each valid row's block; all rows are written
     table,  # [5, N] float32: weight, token loss, slope, coefficient, drift; [2, N] without target.
     #         Before: block drift in row 0 (GATE "sequence": weights, and raw gates in the last),
@@ -183,6 +211,8 @@ def _sampled_token(
     advantage_low,
     advantage_high,
     floor,
+    scale,  # of the logits
+    BITS: tl.constexpr,  # of their mantissa
     GATE: tl.constexpr,  # "off", "given", or over what the mean is 1: "none", "batch", "sequence"
     BLOCKS: tl.constexpr,
     ESTIMATOR: tl.constexpr,
@@ -216,6 +246,9 @@ def _sampled_token(
         if measured is not None:
             seen = tl.load(measured + row, mask=live, other=0) != 0
             drift = tl.where(seen, drift, 0.0)
+    noise = tl.zeros([TILE], tl.float32)
+    if maximum is not None:
+        noise = _noise(new, maximum, log_sum, row, seen, scale, BITS)
     raw, weight = _weights(given, table, drift_at, row, live, tau, lowest, mean, GATE)
     loss = tl.zeros([TILE], tl.float32)
     clipped = loss
@@ -236,7 +269,7 @@ def _sampled_token(
         tl.store(first + row, tl.full([TILE], -1, tl.int32), mask=inside & (live == 0))
     else:
         tl.store(first + row, tl.where(live, row, -1), mask=inside)
-    statistics = statistics_of(raw, weight, drift, live, seen, loss, clipped, floored, GATE)
+    statistics = statistics_of(raw, weight, drift, live, seen, loss, clipped, floored, noise, GATE)
     if tl.num_programs(0) == 1:
         conclude(
             out, totals, statistics, n_valid, begun, lowest, tau, GATE, DENOMINATOR, HELD,

@@ -54,7 +54,7 @@ def command(*arguments: str) -> Any:
 @pytest.mark.slow
 def test_a_short_run_passes() -> None:
     """Every function and most options, in some ten seconds."""
-    tally = run.fuzz(BACKENDS, CPU, seed=0, cases=300)
+    tally = run.fuzz(BACKENDS, CPU, seed=1, cases=300)
     assert tally.failure is None, json.dumps(tally.failure, indent=2)
     assert tally.cases == 300 and set(tally.functions) == set(FUNCTIONS)
     assert list(tally.bias.faults()) == []

@@ -43,7 +43,11 @@ def draw(
 
 
 def moved(data: RowData, device: torch.device) -> RowData:
-    return RowData(*(x.to(device) if isinstance(x, Tensor) else x for x in data))
+    found = RowData(*(x.to(device) if isinstance(x, Tensor) else x for x in data))
+    if data.spacing is None:
+        return found
+    statistics = (x.to(device) for x in data.spacing[:2])
+    return found._replace(spacing=(*statistics, *data.spacing[2:]))
 
 
 def check(
@@ -83,8 +87,8 @@ def check(
         x, y, z = (torch.stack([q, q.new_tensor(float(scale))]) for q in (x, y, z))
         assert_as_good_as(x, y, z, name="totals")
     for x, y in zip(weighed, (got[1][0], got[1][4], got[2], got[3], got[4]), strict=True):
-        if x.shape == (10,):
-            x, y = (q[[0, 1, 2, 3, 4, 5, 7, 8]] for q in (x, y))
+        if x.shape == (11,):
+            x, y = (q[[0, 1, 2, 3, 4, 5, 7, 8, 9]] for q in (x, y))
         if x.shape == (4,):
             x, y = x[:3], y[:3]
         # Two kernels: on a device each contracts its products as it is compiled.
@@ -102,6 +106,31 @@ def test_estimators(kernels_on_cpu, estimator):
     check(kernels_on_cpu, data, target, position=loose)
     check(kernels_on_cpu, data, target, position=PositionRule(estimator, advantage="given"))
     check(kernels_on_cpu, data._replace(old=None), target, position=PositionRule(estimator))
+
+
+@pytest.mark.parametrize(("bits", "scale"), [(7, 1.0), (10, 0.7)])
+@pytest.mark.parametrize("n", [90, 5000])  # one program; several
+def test_the_drift_that_rounding_would_show(kernels_on_cpu, bits, scale, n):
+    """Labels that are the largest word, likely ones, unlikely ones; rows not measured hold NaN."""
+    data, target = draw(n, n // 2)
+    generator = torch.Generator().manual_seed(1)
+    maximum = 30 * torch.rand(n, generator=generator) - 5
+    log_sum = 3 * torch.rand(n, generator=generator)
+    now = -log_sum - 4 * torch.rand(n, generator=generator)
+    now[::3] = -log_sum[::3]
+    measured = data.valid & (torch.arange(n) % 2 == 0)
+    for x in (maximum, log_sum, now):
+        x[~measured] = torch.nan
+    old = (now + 0.1).masked_fill(~measured, 0)
+    now = now.masked_fill(data.valid & ~measured, -1.0)
+    data = data._replace(
+        now=now, old=old, measured=measured, spacing=(maximum, log_sum, bits, scale)
+    )
+    got = check(kernels_on_cpu, data, target)
+    assert got[3][row_sums.METRICS.index("drift_noise")] > 1e-3
+    alone = data._replace(old=None, measured=None)
+    alone = check(kernels_on_cpu, alone, target, gate=GateRule(normalize="off"))
+    assert alone[3][row_sums.METRICS.index("drift_noise")] == 0
 
 
 @pytest.mark.parametrize("estimator", ["ppo", "importance", "cispo", "k3"])

@@ -111,7 +111,7 @@ def test_weigh(granularity: str, aggregate: str, normalize: str, every: int) -> 
         n = len(w)
         metrics = [
             raw.mean(), w.min(), w.max(), w.sum() ** 2 / w.square().sum() / n, drift.abs().mean(),
-            drift.mean(), 0, drift.mean(), n, 0,
+            drift.mean(), 0, drift.mean(), 0, n, 0,
         ]  # fmt: skip
         expected = torch.tensor([float(m) for m in metrics], dtype=torch.float64)
         torch.testing.assert_close(got.metrics, expected)

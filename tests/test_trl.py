@@ -139,6 +139,23 @@ def test_in_bfloat16_it_is_trl_s_own_with_float32_logits(tmp_path, beta):
     assert abs(found["float32"][1] - loss) < 1e-5 < 1e-4 < abs(found[None][1] - loss)
 
 
+@pytest.mark.parametrize("wanted", [None, "float32"])
+def test_a_drift_that_is_rounding_is_said_once(tmp_path, wanted, caplog):
+    """Models in bfloat16 that move by less than lies between two logits; not while they have not
+    moved at all."""
+    models = {"student": tiny.model(1).bfloat16(), "teacher": tiny.model(2).bfloat16()}
+    trainer, _ = run(
+        tmp_path, FixedGated, **models, max_steps=4, learning_rate=1e-5, logits_dtype=wanted
+    )
+    noise, drift = (metric(trainer, f"drift_gate/drift_{x}") for x in ("noise", "abs"))
+    said = [x.getMessage() for x in caplog.records if "is rounding" in x.getMessage()]
+    if wanted is None:
+        assert min(noise) > 1e-4 and drift[0] == 0 and 0 < drift[1] < 2 * noise[1]
+        assert len(said) == 1 and 'logits_dtype="float32"' in said[0]
+    else:
+        assert max(noise) == 0 and not said
+
+
 # Heads of other sizes over one tokenizer, as 151,936 and 152,064 rows of Qwen2.5.
 
 PADDED = len(tiny.WORDS) + 6

@@ -8,6 +8,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from drift_gate.outputs import is_mostly_rounding
+
 from .evaluation import Floats, pass_at
 from .intervals import Bootstrap
 from .jobs import BASE, Work
@@ -133,6 +135,7 @@ def tables(summary: dict[str, Any], settings: Any) -> list[Table]:
         compared.add_row(label(row, several), *_comparison(row), end_section=last)
         detailed.add_row(label(row, several), *_details(row), end_section=last)
     sampled = [row for row in summary["rows"] if SAMPLED in row.get("movement", {})]
+    detailed.caption += remark(summary["rows"], several)
     return [compared, detailed, *([of_sampling(sampled, several)] if sampled else [])]
 
 
@@ -148,6 +151,22 @@ def of_sampling(rows: list[dict[str, Any]], several: bool) -> Table:
         values = [row["movement"][name][-1] for name in (SAMPLED, *DIFFERENCES)]
         found.add_row(label(row, several), *(f"{value:.4f}" for value in values))
     return found
+
+
+def remark(rows: list[dict[str, Any]], several: bool) -> str:
+    """Whose drift is the rounding of its logits for the most part, in words; "" for nobody's."""
+    found = []
+    for row in rows:
+        moved = row.get("movement", {})  # of earlier versions: without the noise
+        drift, noise = (moved.get(name, [0.0])[-1] for name in ("drift_abs", "drift_noise"))
+        if is_mostly_rounding(drift, noise):
+            found.append(f"{label(row, several)} ({noise:.4f} of {drift:.4f} nats)")
+    if not found:
+        return ""
+    return (
+        f" Over half of the drift of {', '.join(found)} is what rounding of the logits alone would "
+        "show: the gate reads its own rounding. Head(logits_dtype=torch.float32) keeps it out."
+    )
 
 
 def _table(title: str, caption: str, *columns: str) -> Table:

@@ -183,6 +183,7 @@ def _of_epoch(parts: list[tuple[Tensor, LossOutput]]) -> dict[str, Any]:
     return dict(
         loss=sum(output.loss.item() for _, output in parts) / len(parts),
         drift_abs=drift.abs().mean().item(),
+        drift_noise=mean("drift_noise"),
         drift_signed=drift.mean().item(),
         drift_abs_quantiles=drift.abs().quantile(at).tolist(),
         gate_mean_raw=mean("gate_mean_raw") if "gate_mean_raw" in parts[0][1].metrics else 1.0,

@@ -21,6 +21,7 @@ from ..passes.rules import (
     PositionRule,
     ReduceRule,
     RowData,
+    Spacing,
     Weights,
     samples,
 )
@@ -29,9 +30,17 @@ from .rows import RowInputs
 SUM = ReduceRule(1.0, "given", False)
 
 
-def data_of(rows: RowInputs, valid: Tensor, now: Tensor, measured: Tensor | None = None) -> RowData:
+def data_of(
+    rows: RowInputs,
+    valid: Tensor,
+    now: Tensor,
+    measured: Tensor | None = None,
+    spacing: Spacing | None = None,
+) -> RowData:
     """What the row functions take of every row."""
-    return RowData(valid, now, rows.old, rows.spans, rows.cu_seqlens, rows.length, measured)
+    return RowData(
+        valid, now, rows.old, rows.spans, rows.cu_seqlens, rows.length, measured, spacing
+    )
 
 
 def is_sampled(rows: RowInputs) -> bool:
@@ -78,13 +87,14 @@ def finish(
     target: Tensor,
     position: PositionRule,
     measured: Tensor | None = None,
+    spacing: Spacing | None = None,
 ) -> Finished:
     """The loss of this call as a part of its batch; `totals` is [2, 4] beside a GateNormalizer.
 
     now [N]: log-probs of the labels. target [N]: see `passes.rules.PositionRule`. measured [N]:
-    from `measured_rows`, where the caller needs it too.
+    from `measured_rows`, where the caller needs it too. spacing: of the logits, for `drift_noise`.
     """
-    data = data_of(rows, valid, now, measured)
+    data = data_of(rows, valid, now, measured, spacing)
     if rows.context:
         done, call, mine = _cut_sequences(run, rows, data, target, position)
     else:

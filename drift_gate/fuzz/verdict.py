@@ -146,6 +146,10 @@ def _over_budget(
     found = []
     for name, t in truth.items():
         g, e = got[name], eager[name]
+        if name == "metric drift_noise":  # of the logits' dtype, which is not that of the truth
+            if not torch.allclose(g, e, rtol=1e-3, atol=1e-6, equal_nan=True):
+                found.append(f"{name}: {float(g):.9g}, eager PyTorch {float(e):.9g}")
+            continue
         if (g.dtype, g.shape, t.shape) != (e.dtype, e.shape, e.shape):
             found.append(f"{name}: {g.dtype} {list(g.shape)}, eager {e.dtype} {list(e.shape)}")
         elif not g.is_floating_point():

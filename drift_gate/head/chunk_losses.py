@@ -27,6 +27,9 @@ class Common(NamedTuple):
     labels: Tensor | None  # [N]
     chunk_size: int
     entropy: bool
+    noise: bool = False
+    """Whether the rounding of the logits is asked about: `results` end with each row's maximum and
+    log_sum then, which are [0] otherwise."""
 
     def new(self, *shape: int) -> Tensor:
         """Zeros in the accumulation dtype."""
@@ -34,11 +37,15 @@ class Common(NamedTuple):
         return self.head.hidden.new_zeros(shape, dtype=dtype)
 
     def results(self, *shapes: tuple[int, ...]) -> list[Tensor]:
-        """Log-probs, entropy, and more of these shapes."""
+        """Log-probs, entropy, more of these shapes, maximum and log_sum."""
         n = len(self.head.hidden)
+        statistics = (self.new(n if self.noise else 0) for _ in range(2))
         return [
-            self.new(n), self.new(n if self.entropy else 0), *(self.new(*shape) for shape in shapes)
-        ]  # fmt: skip
+            self.new(n),
+            self.new(n if self.entropy else 0),
+            *(self.new(*shape) for shape in shapes),
+            *statistics,
+        ]
 
     def keep(self, results: list[Tensor], at: Rows, *parts: Tensor) -> None:
         """Put each result's part of a chunk."""
@@ -116,7 +123,8 @@ class SampledToken:
         self.at = at
         self.chunk = Chunk(c, at, take(self.ids, at), self.room)
         self.log_probs = self.chunk.log_probs[:, 0].contiguous()
-        c.keep(self.results, at, self.log_probs, self.chunk.entropy)
+        chunk = self.chunk
+        c.keep(self.results, at, self.log_probs, chunk.entropy, chunk.maximum, chunk.log_sum)
         return self.log_probs
 
     def gradient(self, weights: Tensor, final: bool) -> Tensor:
@@ -158,7 +166,7 @@ class ListedWords:
             now = torch.zeros_like(now)
         c.keep(
             self.results, at, now, self.chunk.entropy, self.chunk.log_probs[:, 1:],
-            self.chunk.gathered[:, 1:],
+            self.chunk.gathered[:, 1:], self.chunk.maximum, self.chunk.log_sum,
         )  # fmt: skip
         return now
 
@@ -200,7 +208,7 @@ class WholeVocabulary:
         losses, log_probs, self.statistics, entropy = c.run.divergence(
             self.logits[None], self.theirs, labels, whole, *self.options, c.entropy
         )
-        c.keep(self.results, at, log_probs, entropy, losses)
+        c.keep(self.results, at, log_probs, entropy, losses, *self.statistics[:2])
         kept: Tensor = log_probs
         return kept
 

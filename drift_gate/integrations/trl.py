@@ -6,6 +6,7 @@ the buffer once; the loss is one of this package's, from hidden states and LM he
 """
 
 import inspect
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from .. import (
     linear_topk_loss,
     newline_spans,
 )
+from ..outputs import is_mostly_rounding
 from . import unusable
 from .teacher import head_of, newline_token_ids
 from .trl_config import LOGITS_DTYPES, WANTED, GatedDistillationConfig
@@ -51,6 +53,8 @@ try:
     )[5:]
 except (ImportError, AttributeError, RuntimeError) as reason:  # TRL's lazy modules raise the last
     raise unusable("trl", WANTED, reason) from reason
+
+LOG = logging.getLogger(__name__)
 
 
 class GatedDistillationTrainer(DistillationTrainer):
@@ -100,6 +104,7 @@ class GatedDistillationTrainer(DistillationTrainer):
         if self.args.gate_granularity == "span":
             self._newline_ids = newline_token_ids(self._tokenizer)
         self._loss_metrics: dict[str, Tensor] = {}
+        self._has_warned = False
 
     def _repeats(self) -> dict[str, int]:
         """How the prompts of a buffer, all ranks', are repeated: once for each micro-batch."""
@@ -317,7 +322,24 @@ class GatedDistillationTrainer(DistillationTrainer):
             extreme = {"gate_min": torch.min, "gate_max": torch.max}.get(name)
             value = mean[i] if extreme is None else extreme(gathered[:, i])
             self._metrics[mode][f"drift_gate/{name}"].append(value.item())
+        self._say_what_is_rounding(mode)
         return loss
+
+    def _say_what_is_rounding(self, mode: str) -> None:
+        """Once, in the log: that the gate reads the rounding of its logits."""
+        found = self._metrics[mode]
+        drift, noise = (found.get(f"drift_gate/drift_{x}", [0.0])[-1] for x in ("abs", "noise"))
+        if self._has_warned or not is_mostly_rounding(drift, noise):
+            return
+        self._has_warned = True
+        if self.accelerator.is_main_process:
+            LOG.warning(
+                "drift_gate: over half of the drift is rounding. Old and current log-probs are "
+                "%.4g nats apart, of which rounding of the logits alone would show %.4g: the gate "
+                'reads its own rounding. logits_dtype="float32" keeps it out.',
+                drift,
+                noise,
+            )
 
 
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:

@@ -19,7 +19,7 @@ from ..outputs import LossOutput
 from ..parallel.agreement import meeting
 from ..passes.backends import passes_of, resolve
 from ..passes.memory import empty
-from ..passes.rules import COEFFICIENT, GIVEN, SLOPE, TOKEN_LOSS, limit_of
+from ..passes.rules import COEFFICIENT, GIVEN, SLOPE, TOKEN_LOSS, Spacing, limit_of, spacing_of
 from .by_reference import by_reference
 
 
@@ -252,10 +252,21 @@ def _forward(x: Inputs) -> Tensors:
         x.logits, x.teacher, x.labels, valid, x.scale, x.teacher_scale, x.direction, x.beta,
         x.entropy,
     )  # fmt: skip
-    done = finish(run, x.rows, valid, log_probs, losses, GIVEN)
+    spacing = spacing_in(x.backend, x.logits.dtype, statistics[0], statistics[1], x.scale)
+    done = finish(run, x.rows, valid, log_probs, losses, GIVEN, spacing=spacing)
     return (
         done.loss, done.table, done.metrics, done.totals, valid, log_probs, entropy, statistics,
     )  # fmt: skip
+
+
+def spacing_in(
+    backend: str, dtype: torch.dtype, maximum: Tensor, log_sum: Tensor, scale: float
+) -> Spacing | None:
+    """Of the student's logits, from the statistics of `divergence`: the kernels' maxima are those
+    before the scale."""
+    if backend == "triton" and scale != 1:
+        maximum = maximum * scale
+    return spacing_of(dtype, maximum, log_sum, scale)
 
 
 def _backward(

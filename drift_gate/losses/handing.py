@@ -14,7 +14,14 @@ from ..head.sums import Needs, finish_sums, plan
 from ..head.walk import Work, splits_by_chunk
 from ..parallel.ranks import sum_gradient
 from ..passes.backends import passes_of
-from ..passes.rules import COEFFICIENT, SLOPE, TOKEN_LOSS
+from ..passes.rules import (
+    COEFFICIENT,
+    SHORT_BITS,
+    SLOPE,
+    TOKEN_LOSS,
+    Spacing,
+    spacing_of,
+)
 
 LEAVES = "hidden", "weight", "bias"
 SUMS = "sum_hidden", "sum_weight", "sum_rest", "sum_bias"
@@ -44,6 +51,16 @@ def work_of(x: Any, valid: Tensor, whole: bool, needs: Needs, *, lists: bool = F
     whole = whole and not (lists and x.backend != "triton")
     head, holes = head_inputs(x), whole and lists
     return Work(passes_of(x.backend), x.backend, head, x.rows, valid, whole, needs, holes)
+
+
+def rounds(x: Any) -> bool:
+    """Whether the drift of an op's inputs is of rounded logits."""
+    return x.rows.old is not None and not x.rule.wide and x.weight.dtype in SHORT_BITS
+
+
+def spacing_from(x: Any, results: Sequence[Tensor]) -> Spacing | None:
+    """Of the logits of an op's inputs, from what their walk ends with: maximum and log_sum."""
+    return spacing_of(x.weight.dtype, results[-2], results[-1], x.rule.scale)
 
 
 def upstream_of(table: Tensor, grads: Sequence[Tensor | None]) -> Tensor:

@@ -22,9 +22,9 @@ from ..outputs import LossOutput
 from ..parallel.agreement import meeting
 from ..parallel.words import Shard, whole
 from ..passes.backends import passes_of, resolve
-from ..passes.rules import GIVEN, limit_of
+from ..passes.rules import GIVEN, Finished, limit_of
 from .by_reference import by_reference
-from .full import no_shards, shared_words
+from .full import no_shards, shared_words, spacing_in
 from .handing import (
     LEAVES,
     SUMS,
@@ -34,6 +34,7 @@ from .handing import (
     head_inputs,
     needs_of,
     no_row_is_left_out,
+    rounds,
     upstream_of,
     work_of,
 )
@@ -246,12 +247,14 @@ class Inputs(NamedTuple):
     backend: str
 
 
-def _loss(x: Inputs, run: Any, vocab: int, labels: Tensor | None, entropy: bool) -> WholeVocabulary:
+def _loss(
+    x: Inputs, run: Any, vocab: int, labels: Tensor | None, entropy: bool, noise: bool = False
+) -> WholeVocabulary:
     theirs = HeadInputs(
         x.teacher_hidden, x.teacher_weight, x.teacher_bias, x.teacher_rule,
         whole(x.teacher_weight.shape[0]),
     )  # fmt: skip
-    common = Common(run, head_inputs(x), labels, x.rule.chunk_size, entropy)
+    common = Common(run, head_inputs(x), labels, x.rule.chunk_size, entropy, noise)
     return WholeVocabulary(common, theirs, vocab, x.direction, x.beta)
 
 
@@ -259,11 +262,15 @@ def _forward(x: Inputs) -> Tensors:
     run = passes_of(x.backend)
     valid = valid_rows(run, x.rows, x.labels, x.hidden)
     work = work_of(x, valid, no_row_is_left_out(x.rows), x.needs)
-    loss = _loss(x, run, x.vocab, x.labels, x.entropy)
-    done, sums, factor = walk(
-        work, loss, lambda results: finish(run, x.rows, valid, results[0], results[2], GIVEN)
-    )
-    now, entropy, _ = loss.results
+    loss = _loss(x, run, x.vocab, x.labels, x.entropy, rounds(x))
+
+    def finished(results: list[Tensor]) -> Finished:
+        now, _, losses, maximum, log_sum = results
+        spacing = spacing_in(x.backend, x.weight.dtype, maximum, log_sum, x.rule.scale)
+        return finish(run, x.rows, valid, now, losses, GIVEN, spacing=spacing)
+
+    done, sums, factor = walk(work, loss, finished)
+    now, entropy = loss.results[:2]
     return (
         done.loss, done.table, done.metrics, done.totals, valid, now, entropy, *sums, factor,
     )  # fmt: skip

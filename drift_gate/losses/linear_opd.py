@@ -32,6 +32,8 @@ from .handing import (
     handing_op,
     needs_of,
     no_row_is_left_out,
+    rounds,
+    spacing_from,
     upstream_of,
     work_of,
 )
@@ -225,15 +227,17 @@ def _forward(x: Inputs) -> Tensors:
     run = passes_of(x.backend)
     valid = valid_rows(run, x.rows, x.labels, x.hidden)
     work = work_of(x, valid, no_row_is_left_out(x.rows), x.needs)
-    common = Common(run, work.head, x.labels, x.rule.chunk_size, x.entropy)
+    common = Common(run, work.head, x.labels, x.rule.chunk_size, x.entropy, rounds(x))
     loss = SampledToken(common, x.rows.old, x.target, x.position)
     done, sums, factor = walk(
         work,
         loss,
-        lambda results: finish(run, x.rows, valid, results[0], x.target, x.position),
+        lambda results: finish(
+            run, x.rows, valid, results[0], x.target, x.position, spacing=spacing_from(x, results)
+        ),
         per_unit=_per_unit(x),
     )
-    log_probs, entropy = loss.results
+    log_probs, entropy = loss.results[:2]
     return (
         done.loss, done.table, done.metrics, done.totals, valid, log_probs, entropy, *sums, factor,
     )  # fmt: skip

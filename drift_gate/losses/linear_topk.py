@@ -44,6 +44,8 @@ from .handing import (
     head_inputs,
     needs_of,
     no_row_is_left_out,
+    rounds,
+    spacing_from,
     sum_over_shards,
     upstream_of,
     work_of,
@@ -227,7 +229,8 @@ def linear_topk_loss(
     found = Outcome(*outputs[:7])
     if recording.active is not None and not torch.compiler.is_compiling():
         recording.active.note(linear_topk_loss, locals())
-    output = complete(call, found, return_entropy, "floored", "pg_clipfrac")
+    unknown = () if known is None else ("drift_noise",)  # of log-probs that the caller has
+    output = complete(call, found, return_entropy, "floored", "pg_clipfrac", *unknown)
     scanned = (labels is not None and known is None) or op is not LINEAR_TOPK_SPARSE
     return with_masses(output, outputs[7], scanned or return_entropy)
 
@@ -282,9 +285,11 @@ def _forward_sparse(x: Inputs) -> Tensors:
     if _bare(x):
         scores, known = sparse.gather(run, head, words, valid), None
         now = torch.zeros_like(scores[:, 0]) if x.known is None else _where(valid, x.known)
-        entropy = scores.new_empty(0)
+        entropy = maximum = log_sum = scores.new_empty(0)
     else:
-        scores, known, now, entropy = found or _scanned(x, head, words, valid, measured)
+        scores, known, now, entropy, maximum, log_sum = found or _scanned(
+            x, head, words, valid, measured
+        )
         now = _where(valid, now if x.known is None else x.known)
         if x.labels is None:
             now = torch.zeros_like(now)
@@ -299,7 +304,8 @@ def _forward_sparse(x: Inputs) -> Tensors:
     rows, slope = divergence(
         run, x.kind, scores, known, x.lists.teacher, present, valid, x.rows.row_weights
     )
-    done = finish(run, x.rows, valid, now, rows[0], GIVEN, measured)
+    spacing = spacing_from(x, [maximum, log_sum]) if x.known is None and rounds(x) else None
+    done = finish(run, x.rows, valid, now, rows[0], GIVEN, measured, spacing)
     sizes = masses(rows, done.metrics[TOKENS], counts, measured, entropy)
     return (
         done.loss, done.table, done.metrics, done.totals, valid, now, entropy,
@@ -309,18 +315,22 @@ def _forward_sparse(x: Inputs) -> Tensors:
 
 def _scanned(
     x: Inputs, head: HeadInputs, words: Tensor, valid: Tensor, measured: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits and log-probs of the words [N, K], log-prob of the label [N], entropy."""
+) -> tuple[Tensor, ...]:
+    """Logits and log-probs of the words [N, K], log-prob of the label [N], entropy, maximum and
+    log_sum [N]."""
     label = words[:, :1] if x.labels is None else x.labels[:, None].to(words.dtype)
     whole = no_row_is_left_out(x.rows) and x.backend == "triton"  # see `work_of`
     read, most = None if whole else valid, None
     if measured is not None:
         read, most = measured, most_measured(x.rows) if whole else None
-    gathered, log_probs, _, _, entropy = scan_head(
+    gathered, log_probs, maximum, log_sum, entropy = scan_head(
         passes_of(x.backend), head, torch.cat([label, words], 1), read, x.entropy,
         x.rule.scan_size, most,
     )  # fmt: skip
-    return gathered[:, 1:].contiguous(), log_probs[:, 1:].contiguous(), log_probs[:, 0], entropy
+    return (
+        gathered[:, 1:].contiguous(), log_probs[:, 1:].contiguous(), log_probs[:, 0], entropy,
+        maximum, log_sum,
+    )  # fmt: skip
 
 
 def _where(valid: Tensor, x: Tensor) -> Tensor:
@@ -355,7 +365,8 @@ def _forward(x: Inputs) -> Tensors:
             run, x.kind, log_probs, log_probs, x.lists.teacher, present, valid, entropy=results[1]
         )
         now = _where(valid, results[0] if x.known is None else x.known)
-        done = finish(run, x.rows, valid, now, found[0], GIVEN)
+        spacing = spacing_from(x, results) if x.known is None else None
+        done = finish(run, x.rows, valid, now, found[0], GIVEN, spacing=spacing)
         kept.append(masses(found, done.metrics[TOKENS], counts, None, results[1]))
         return done
 
@@ -371,7 +382,7 @@ def _forward(x: Inputs) -> Tensors:
 
 def _loss(x: Inputs, run: Any, words: Tensor, present: Tensor) -> ListedWords:
     entropy = x.entropy or x.kind.outside
-    common = Common(run, head_inputs(x), x.labels, x.rule.chunk_size, entropy)
+    common = Common(run, head_inputs(x), x.labels, x.rule.chunk_size, entropy, rounds(x))
     return ListedWords(common, words, x.lists.teacher, present, x.kind)
 
 

@@ -20,7 +20,7 @@ from ..outputs import LossOutput
 from ..parallel.agreement import meeting
 from ..parallel.words import Shard, local_words, scan
 from ..passes.backends import passes_of
-from ..passes.rules import COEFFICIENT, SLOPE, TOKEN_LOSS, PositionRule
+from ..passes.rules import COEFFICIENT, SLOPE, TOKEN_LOSS, PositionRule, spacing_of
 from .by_reference import by_reference
 
 
@@ -201,7 +201,10 @@ def _forward(x: Inputs) -> Tensors:
     gathered, log_probs, maximum, log_sum, entropy = scan(
         run, x.logits, x.labels[:, None], valid, x.scale, x.entropy, x.shard
     )
-    done = finish(run, x.rows, valid, log_probs.view(-1), x.target, x.position)
+    done = finish(
+        run, x.rows, valid, log_probs.view(-1), x.target, x.position,
+        spacing=spacing_of(x.logits.dtype, maximum, log_sum, x.scale),
+    )  # fmt: skip
     return (
         done.loss, done.table, done.metrics, done.totals, valid, log_probs, entropy, gathered,
         maximum, log_sum,

@@ -31,7 +31,7 @@ from ..outputs import LossOutput
 from ..parallel.agreement import meeting
 from ..parallel.words import Shard, from_owners, local_words, own, scan
 from ..passes.backends import passes_of
-from ..passes.rules import COEFFICIENT, GIVEN, SLOPE, TOKEN_LOSS, TOKENS
+from ..passes.rules import COEFFICIENT, GIVEN, SLOPE, TOKEN_LOSS, TOKENS, spacing_of
 from .by_reference import by_reference
 
 
@@ -273,7 +273,8 @@ def _forward(x: Inputs) -> Tensors:
     rows, slope = divergence(
         run, x.kind, scores, known, x.lists.teacher, present, valid, x.rows.row_weights, entropy
     )
-    done = finish(run, x.rows, valid, now, rows[0], GIVEN, measured)
+    spacing = spacing_of(x.logits.dtype, maximum, log_sum, x.scale)
+    done = finish(run, x.rows, valid, now, rows[0], GIVEN, measured, spacing)
     sizes = masses(rows, done.metrics[TOKENS], counts, measured, entropy)
     return (
         done.loss, done.table, done.metrics, done.totals, valid, now, entropy,

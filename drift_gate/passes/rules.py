@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..choices import ADVANTAGES, AGGREGATES, ESTIMATORS, GRANULARITIES, NORMALIZE
@@ -17,6 +18,7 @@ METRICS = (
     "drift_signed",
     "pg_clipfrac",
     "ppo_kl",
+    "drift_noise",
     "valid_tokens",
     "floored",
 )
@@ -37,6 +39,45 @@ WEIGHT, TOKEN_LOSS, SLOPE, COEFFICIENT, DRIFT = range(5)
 """Rows of the table of `Finished`."""
 
 
+class Spacing(NamedTuple):
+    """How far apart the logits lie of which `now` was made: what rounding them may have done to it.
+
+    With u(z) the spacing at z, and every rounding error even within +-u/2 and independent, log p_y
+    errs by e_y - sum_v p_v e_v: e_y (1 - p_y) of its own, and p_v e_v of every other word. The
+    largest word has p = exp(-log_sum); what the words beside it and the label have of the mass is
+    taken to halve from word to word, so that their squares sum to rest^2 / 3, and to no more than
+    the largest p times rest. The drift is a difference of two such errors, of the old and of the
+    current log-prob: the mean size of that of two even errors is u / 3. Row by row
+
+        noise = sqrt((u(z_y) (1 - p_y))^2 + u(z_max)^2 c^2) / 3
+        c^2 = min(rest^2 / 3, p_max rest), and p_max^2 where the label is not the largest word
+    """
+
+    maximum: Tensor
+    """[N], the largest z of a row."""
+    log_sum: Tensor
+    """[N], log sum exp(z - maximum)."""
+    bits: int
+    """Of the mantissa, the leading one left out."""
+    scale: float
+    """z is this times the logits."""
+
+
+SHORT_BITS = {torch.bfloat16: 7, torch.float16: 10}
+SNAP = 1 + 2.0**-13
+"""Of |z| before its exponent is taken: it may be a power of two, less the roundings of a sum."""
+TIED = 1e-4
+"""Nats below the largest word at which the label is it."""
+
+
+def spacing_of(
+    dtype: torch.dtype, maximum: Tensor, log_sum: Tensor, scale: float
+) -> Spacing | None:
+    """Of logits of this dtype; None where they are not rounded, or their statistics are [0]."""
+    bits = SHORT_BITS.get(dtype)
+    return None if bits is None or not len(maximum) else Spacing(maximum, log_sum, bits, scale)
+
+
 class RowData(NamedTuple):
     """Rows of a call, flat; log-probs in nats, float32 or float64."""
 
@@ -54,6 +95,8 @@ class RowData(NamedTuple):
     measured: Tensor | None = None
     """[N] bool: the valid rows at which the drift is measured; the others may hold any log-probs.
     None: as the gate's `sample_every` says, see `measured_rows`."""
+    spacing: Spacing | None = None
+    """Of the logits; None: they are not rounded."""
 
 
 class GateRule(NamedTuple):

@@ -17,6 +17,7 @@ from ..gate import DriftGate
 from ..options import Reduction, as_reduction
 from ..outputs import LossOutput, Metrics
 from .gate import block_ids, gate_metrics, mean, measured_rows, sequences_of, weigh
+from .noise import noise
 from .reduction import aggregate_loss
 from .vocabulary import Student, entropy, labelled, scaled
 
@@ -68,7 +69,17 @@ class Batch:
 
     def scaled_logits(self) -> Tensor:
         """The student's z [..., V], differentiable on the live rows; 0 where not valid."""
-        return scaled(self.student.logits(self.valid, self.live), self.temperature)
+        self.z = scaled(self.student.logits(self.valid, self.live), self.temperature)
+        return self.z
+
+    def drift_noise(self, log_p: Tensor) -> Tensor:
+        """The mean |drift| that rounding of the logits alone would show: see `noise`."""
+        if self.old_log_probs is None or self.labels is None:
+            return log_p.new_zeros(())
+        z = self.z.detach()[..., : log_p.shape[-1]]
+        dtype, scale = self.student.rounded, 1 / self.temperature
+        rows = noise(z, log_p.detach(), self.labels, self.measured, dtype, scale)
+        return mean(rows, self.measured)
 
     def weigh(self, log_probs: Tensor) -> tuple[Tensor, Tensor, Metrics]:
         """w and drift of each row, and the gate's metrics, from the current log-probs."""
@@ -93,6 +104,7 @@ class Batch:
         valid, log_probs = self.valid, log_probs.detach()
         w, drift, metrics = self.weigh(log_probs)
         metrics["ppo_kl"] = mean(drift.clamp(-20, 20), self.measured)
+        metrics["drift_noise"] = self.drift_noise(log_p)
         shown = entropy(log_p, valid) if self.return_entropy else None
         if shown is not None:
             known = valid if known is None else known

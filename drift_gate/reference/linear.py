@@ -65,4 +65,9 @@ def from_head(hidden_states: Tensor, head: Head | Tensor) -> Student:
         return torch.where(valid[..., None], z, 0)
 
     shape, dtype = hidden_states.shape[:-1], accumulation_dtype(hidden_states)
-    return Student(shape, dtype, hidden_states.device, logits)
+    kind, rounded = hidden_states.device.type, hidden_states.dtype
+    if torch.is_autocast_enabled(kind) and rounded != torch.float64:
+        rounded = torch.get_autocast_dtype(kind)
+    if head.logits_dtype is not None:
+        rounded = dtype
+    return Student(shape, dtype, hidden_states.device, logits, rounded)

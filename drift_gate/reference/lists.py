@@ -124,6 +124,8 @@ def student_topk_loss(
     else:
         now = batch.rows(log_probs)
     output = batch.finish(losses, log_p, now, known)
+    if log_probs is not None:  # of whose logits nothing is known
+        del output.metrics["drift_noise"]
     # The student's mass is there where the fused losses know a logsumexp.
     scanned = labels is not None and log_probs is None
     if scanned or not renormalized or batch.return_entropy:

@@ -23,6 +23,8 @@ class Student(NamedTuple):
     logits: Callable[[Tensor, Tensor], Tensor]
     """Takes the masks `valid` and `live` [...] and gives logits [..., V]: 0 on rows that are not
     valid, which may hold anything, and without a gradient on rows that are not live."""
+    rounded: torch.dtype
+    """To which the logits are rounded."""
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -37,7 +39,8 @@ def from_logits(logits: Tensor) -> Student:
         moving = torch.where(live[..., None], logits, logits.detach())
         return torch.where(valid[..., None], moving, 0)
 
-    return Student(logits.shape[:-1], accumulation_dtype(logits), logits.device, rows)
+    dtype = accumulation_dtype(logits)
+    return Student(logits.shape[:-1], dtype, logits.device, rows, logits.dtype)
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:

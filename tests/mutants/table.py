@@ -28,6 +28,7 @@ OUTSIDE = "tests/test_outside_topk.py"
 OTHERS = "tests/test_other_losses.py"
 SAMPLING = "tests/test_sampling.py"
 WIDE = "tests/test_logits_dtype.py"
+NOISE = "tests/test_drift_noise.py"
 MICRO = "tests/test_micro_batches.py"
 RANKS = "tests/test_ranks.py"
 SHARDS = "tests/test_vocab_parallel.py"
@@ -100,6 +101,12 @@ PYTHON = [
     Mutant("the gradient beside float32 logits not counted", CHECK, "words * weight.itemsize if wide else 0", "0 if wide else 0", WIDE),
     Mutant("a wide teacher not counted", "drift_gate/losses/linear_full.py", "size = min(inputs", "size = max(inputs", WIDE),
     Mutant("rows to come lose their 0", SUMS, "            of_hidden.masked_fill_(untouched, 0)\n", "", FUZZ),
+    Mutant("noise of one rounding in the place of two", "drift_gate/passes/torch/rows.py", ".sqrt() / 3\n", ".sqrt() / 4\n", NOISE),
+    Mutant("noise of other words forgotten", "drift_gate/passes/native/gate.h", "own * own + others * others * squares", "own * own + 0 * others * squares", NOISE),
+    Mutant("noise without the scale of the logits", "drift_gate/passes/native/gate.h", "ldexp(data->scale, ilogb", "ldexp(1, ilogb", NOISE),
+    Mutant("noise in units of another dtype", "kernels/sampled_token.py", "SHARE: tl.constexpr = 2.0**-BITS", "SHARE: tl.constexpr = 2.0**-7", "tests/test_kernels_rows.py -k rounding", interpreted=True),
+    Mutant("noise of float32 logits of a head", HANDING, "and not x.rule.wide and", "and", NOISE),
+    Mutant("noise of a policy that has not moved", "drift_gate/outputs.py", "0.01 * drift_noise < drift_abs", "0 * drift_noise <= drift_abs", "tests/test_drift_noise.py"),
     Mutant("sparse slope of the cap forgotten", SPARSE, "steep = 1 - (gathered", "steep = 1 - 0 * (gathered", LINEAR),
     Mutant("products of another rank's words", SPARSE, "slope, listed = slope.masked_fill(listed < 0, 0), listed", "slope, listed = slope, listed", SHARDS),
     Mutant("products without the words listed again", SPARSE, ".scatter_add_(1, listed, slope)", ".scatter_(1, listed, slope)", LISTS),

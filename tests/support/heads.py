@@ -142,6 +142,10 @@ def assert_same_budget(
     runs = [_three_runs(problem, backend, device, metrics, options) for problem in several]
     for name in runs[0]:
         got, eager, truth = zip(*(run[name] for run in runs), strict=True)
+        if name == "drift_noise":  # of the logits' dtype, which the truth has not
+            for pair in zip(got, eager, strict=True):
+                torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-6, equal_nan=True)
+            continue
         if not truth[0].is_floating_point():
             assert all(map(torch.equal, got, truth)), name
             continue

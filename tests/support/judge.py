@@ -100,6 +100,10 @@ def assert_same_budget(
     assert_as_good_as(*(x.detach().cpu() for x in losses), name="loss")
     assert got.metrics.keys() == truth.metrics.keys()
     for name in truth.metrics:
+        if name == "drift_noise":  # of these logits' dtype, which the truth has not
+            x, y = (x.metrics[name].cpu() for x in (got, eager))
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-6, equal_nan=True)
+            continue
         triple = [metric_of(name, x).cpu() for x in (got, eager, truth)]
         if name in SIGNED_MEANS:
             triple = with_log_probs(triple, truth)

@@ -20,6 +20,7 @@ class RowData(NamedTuple):
     cu_seqlens: Tensor | None = None
     length: int = 1
     measured: Tensor | None = None
+    spacing: Any = None  # see drift_gate/passes/rules.py
 
 
 class GateRule(NamedTuple):
@@ -195,7 +196,7 @@ def finish(
     seen = valid if data.measured is None else data.measured
     shown = torch.where(valid & ~seen, torch.nan, drift)
     table = torch.stack([weight, loss, slope, coefficient, shown])
-    metrics = _metrics(raw, weight, drift[seen], clipped & valid, floored, valid)
+    metrics = _metrics(raw, weight, drift[seen], clipped & valid, floored, valid, noise(data, seen))
     gate_found = gate.normalize == "batch" and valid.any() and data.old is not None
     peak = log_mean = torch.zeros((), dtype=dtype)
     if gate_found:
@@ -207,8 +208,37 @@ def finish(
     return (coefficient * loss).sum(), table, first, metrics, totals
 
 
+def spacing_at(z: float, bits: int, scale: float) -> float:
+    """How far apart short floats lie at z / scale, in units of z."""
+    size = abs(z / scale) * (1 + 2**-13)
+    return math.ldexp(scale, math.frexp(size)[1] - 1 - bits) if 0 < size < math.inf else 0.0
+
+
+def noise(data: RowData, seen: Tensor) -> float:
+    """`drift_noise`, row by row; see drift_gate/passes/rules.py."""
+    if data.spacing is None or data.old is None or not seen.any():
+        return 0.0
+    tops, log_sums, bits, scale = data.spacing
+    total = 0.0
+    for row in seen.nonzero()[:, 0].tolist():
+        now, top, log_sum = (float(x[row]) for x in (data.now, tops, log_sums))
+        p, largest = math.exp(now), math.exp(-log_sum)
+        beside = 0 if now + log_sum > -1e-4 else largest
+        rest = max(1 - p - beside, 0)
+        squares = min(rest**2 / 3, largest * rest) + beside**2
+        own = spacing_at(now + top + log_sum, bits, scale) * (1 - p)
+        total += math.sqrt(own**2 + spacing_at(top, bits, scale) ** 2 * squares) / 3
+    return total / int(seen.sum())
+
+
 def _metrics(
-    raw: Tensor, weight: Tensor, drift: Tensor, clipped: Tensor, floored: Tensor, valid: Tensor
+    raw: Tensor,
+    weight: Tensor,
+    drift: Tensor,
+    clipped: Tensor,
+    floored: Tensor,
+    valid: Tensor,
+    noise: float,
 ) -> Tensor:
     n, drifts = valid.sum().clamp(min=1), max(len(drift), 1)
     zero = weight.new_zeros(())
@@ -224,6 +254,7 @@ def _metrics(
         drift.sum() / drifts,
         clipped.sum().to(weight.dtype) / n,
         drift.clamp(-20, 20).sum() / drifts,
+        torch.tensor(noise, dtype=weight.dtype),
         valid.sum().to(weight.dtype),
         floored.sum().to(weight.dtype),
     ])  # fmt: skip

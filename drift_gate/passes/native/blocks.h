@@ -9,6 +9,9 @@ struct row_data { /* [N] each */
     const void *borders;     /* [B + 1], or NULL: every `length` rows are a sequence */
     int64_t wide, sequences; /* whether they are int64; B */
     const uint8_t *measured; /* rows with a drift, of the valid ones; or NULL for all of those */
+    const float *maximum, *log_sum; /* of the logits that now is of, or NULL: see rules.Spacing */
+    int64_t bits;
+    double scale;
 };
 
 /* Rows begin ... end of sequence i. The sequences hold every row once, whatever the borders say. */

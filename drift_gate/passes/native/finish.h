@@ -8,7 +8,7 @@ struct finish {
     float *weight, *drift;     /* [N] */
     float *token_loss, *slope, *coefficient; /* [N], with a loss */
     int32_t *first;            /* [N] */
-    float *loss, *metrics;     /* [], NULL: no position losses; [10] */
+    float *loss, *metrics;     /* [], NULL: no position losses; [11] */
     double *totals;            /* [4] */
     struct gate_rule gate;
     struct position_rule position;
@@ -86,8 +86,10 @@ static void finish_rows(const struct finish *job, const struct plan *plan, struc
             }
             double weight = weight_of(job, plan, row), drift = NAN;
             summarise(all, by_block ? plan->blocks.raw[block] : weight, weight);
-            if (is_measured(&job->data, row))
+            if (is_measured(&job->data, row)) {
                 summarise_drift(all, drift = drift_of(&job->data, row));
+                all->noise += noise_of(&job->data, row);
+            }
             job->weight[row] = (float)weight, job->drift[row] = (float)drift;
             job->first[row] = plan->blocks.first[block];
             if (job->loss)

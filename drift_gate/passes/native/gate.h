@@ -47,7 +47,7 @@ static void weigh_blocks(const struct row_data *data, const struct gate_rule *ru
 /* Sums over the valid rows, and the smallest and the largest weight. */
 struct summary {
     double rows, sequences, raw, lowest, largest, clipped, floored, loss;
-    double drifts, drift_size, drift, kl; /* of the measured rows */
+    double drifts, drift_size, drift, kl, noise; /* of the measured rows */
     double smallest_drift; /* of a block */
 };
 
@@ -55,6 +55,30 @@ static void summarise(struct summary *all, double raw, double weight)
 {
     all->raw += raw;
     all->lowest = smaller(all->lowest, weight), all->largest = larger(all->largest, weight);
+}
+
+/* How far apart logits lie at z; 0 at infinities. */
+static double spaced(const struct row_data *data, double z)
+{
+    double size = fabs(z / data->scale) * (1 + 0x1p-13);
+    if (!(size > 0) || isinf(size))
+        return size > 0 ? 0 : size;
+    return ldexp(data->scale, ilogb(size) - (int)data->bits);
+}
+
+/* The mean |drift| of a row that rounding of the logits alone would show: see rules.Spacing. */
+static double noise_of(const struct row_data *data, int64_t row)
+{
+    if (!data->maximum || !data->old)
+        return 0;
+    double now = data->now[row], top = data->maximum[row], log_sum = data->log_sum[row];
+    double p = exp(now), largest = exp(-log_sum);
+    int is_top = now + log_sum > -1e-4;
+    double rest = 1 - p - (is_top ? 0 : largest);
+    rest = rest < 0 ? 0 : rest;
+    double squares = smaller(rest * rest / 3, largest * rest) + (is_top ? 0 : largest * largest);
+    double own = spaced(data, now + top + log_sum) * (1 - p), others = spaced(data, top);
+    return sqrt(own * own + others * others * squares) / 3;
 }
 
 static void summarise_drift(struct summary *all, double drift)
@@ -70,8 +94,8 @@ static void put_metrics(const struct summary *all, double ess, float *metrics)
     int none = all->rows == 0;
     double values[] = {all->raw / n,   none ? 0 : all->lowest, none ? 0 : all->largest,
                        ess / n,        all->drift_size / drifts, all->drift / drifts,
-                       all->clipped / n, all->kl / drifts,     all->rows,
-                       all->floored};
+                       all->clipped / n, all->kl / drifts,     all->noise / drifts,
+                       all->rows,      all->floored};
     for (size_t i = 0; i < sizeof values / sizeof *values; i++)
         metrics[i] = (float)values[i];
 }

@@ -24,6 +24,7 @@ from .library import NO_MEMORY, choice, function, no_memory
 from .tensors import BOOL, CPU, FLOAT32, INT32, INT64, booleans, floats, listed, mask_kind
 
 FLOAT64 = torch.float64
+NO_SPACING: tuple[float, ...] = (0, 0, 0, 1.0)
 NO_REDUCTION = ReduceRule(1.0, "given", False)
 
 
@@ -173,9 +174,9 @@ def _finish(
         raise no_memory()
 
 
-def _row_data(data: RowData, by_span: bool) -> tuple[Any, tuple[int, ...]]:
+def _row_data(data: RowData, by_span: bool) -> tuple[Any, tuple[Any, ...]]:
     """`struct row_data`, and the tensors that it points to."""
-    valid, now, old, spans, cu_seqlens, length, measured = data
+    valid, now, old, spans, cu_seqlens, length, measured, spacing = data
     n = valid.numel()
     mask, mask_at = booleans(valid, n)
     kept, (now_at, old_at) = floats(n, now, old)
@@ -184,9 +185,13 @@ def _row_data(data: RowData, by_span: bool) -> tuple[Any, tuple[int, ...]]:
     if by_span and spans is None:
         raise ValueError("spans must be a tensor where a granularity is 'span'; got None")
     measured, measured_at = booleans(measured, n)
-    return (mask, kept, spans, borders, measured), (
+    statistics, at = None, NO_SPACING
+    if spacing is not None and old is not None:
+        statistics, places = floats(n, spacing.maximum, spacing.log_sum)
+        at = *places, spacing.bits, spacing.scale
+    return (mask, kept, spans, borders, measured, statistics), (
         n, max(length, 1), mask_at, now_at, old_at, 0 if spans is None else spans.data_ptr(),
         0 if borders is None else borders.data_ptr(),
         borders is not None and borders.dtype is INT64,
-        0 if borders is None else borders.numel() - 1, measured_at,
+        0 if borders is None else borders.numel() - 1, measured_at, *at,
     )  # fmt: skip

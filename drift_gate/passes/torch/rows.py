@@ -12,11 +12,14 @@ from ...choices import ESTIMATORS
 from ..rules import (
     DENOMINATORS,
     LARGEST_DRIFT,
+    SNAP,
+    TIED,
     Finished,
     GateRule,
     PositionRule,
     ReduceRule,
     RowData,
+    Spacing,
     Weights,
     check_choice,
     check_gate,
@@ -167,7 +170,34 @@ def _unit_mean(a: Tensor, valid: Tensor, tau: float, groups: Segments | None) ->
     return torch.where(valid, g / mean, 0)
 
 
-def _metrics(found: _Gated, clipped: Tensor, floored: Tensor, valid: Tensor) -> Tensor:
+def _spaced(z: Tensor, spacing: Spacing) -> Tensor:
+    """How far apart logits lie at z; 0 at infinities."""
+    size = (z / spacing.scale).abs() * SNAP
+    exponent = torch.frexp(torch.where(size.isinf(), 0, size)).exponent - 1 - spacing.bits
+    return torch.where(size > 0, torch.ldexp(torch.ones_like(z), exponent), 0) * spacing.scale
+
+
+def _noise(data: RowData, found: _Gated) -> Tensor:
+    """The mean |drift| that rounding of the logits alone would show: see `rules.Spacing`."""
+    spacing, now = data.spacing, found.now
+    if spacing is None or data.old is None:
+        return now.new_zeros(())
+    measured = found.measured
+    top, log_sum = (torch.where(measured, wide(x), 0) for x in spacing[:2])
+    now = torch.where(measured, now, 0)
+    p, largest = now.exp(), (-log_sum).exp()
+    is_top = now + log_sum > -TIED
+    rest = (1 - p - torch.where(is_top, 0, largest)).clamp(min=0)
+    squares = torch.minimum(rest.square() / 3, largest * rest)
+    squares = squares + torch.where(is_top, 0, largest.square())
+    own = _spaced(now + top + log_sum, spacing) * (1 - p)
+    noise = (own.square() + _spaced(top, spacing).square() * squares).sqrt() / 3
+    return torch.where(measured, noise, 0).sum() / measured.sum().clamp(min=1)
+
+
+def _metrics(
+    data: RowData, found: _Gated, clipped: Tensor, floored: Tensor, valid: Tensor
+) -> Tensor:
     """In the order of METRICS."""
     weight, drift = found.weight, found.drift
     n = valid.sum()
@@ -192,6 +222,7 @@ def _metrics(found: _Gated, clipped: Tensor, floored: Tensor, valid: Tensor) -> 
             drift.sum() * over_drifts,
             (clipped & valid).sum() * over,
             drift.clamp(-20, 20).sum() * over_drifts,
+            _noise(data, found),
             n.to(weight.dtype),
             (floored & valid).sum().to(weight.dtype),
         ]
@@ -227,7 +258,7 @@ def weigh(data: RowData, gate: GateRule, given: Tensor | None = None) -> Weights
         found.weight.to(dtype),
         _shown_drift(found, valid).to(dtype),
         found.first,
-        _metrics(found, nothing, nothing, valid).to(dtype),
+        _metrics(data, found, nothing, nothing, valid).to(dtype),
         _totals(found, gate, valid, valid.sum().to(found.weight.dtype)),
     )
 
@@ -278,7 +309,7 @@ def finish(
         (value * coefficient).sum().to(dtype),
         table.to(dtype),
         found.first,
-        _metrics(found, clipped, floored, valid).to(dtype),
+        _metrics(data, found, clipped, floored, valid).to(dtype),
         _totals(found, gate, valid, size),
     )
 
