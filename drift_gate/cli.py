@@ -174,6 +174,19 @@ def distill(
     device: Device = None,
     block_size: Annotated[int, typer.Option(help="Tokens of the Block gates.")] = 64,
     learning_rate: Annotated[float | None, typer.Option(help="2e-4; 2e-6 with --student.")] = None,
+    warmup: Annotated[int, typer.Option(help="Batches until the rate is whole.")] = 5,
+    minibatch: Annotated[int, typer.Option(help="Responses of an optimiser step.")] = 32,
+    gradient_norm: Annotated[float, typer.Option(help="To which longer gradients are cut.")] = 1.0,
+    clip: Annotated[float, typer.Option(help="Of OPD's ratio, either way.")] = 0.2,
+    advantage: Annotated[str, typer.Option(help="Of OPD: old, or current at every step.")] = "old",
+    tau: Annotated[float, typer.Option(help="Of the gates.")] = 1.0,
+    aggregate: Annotated[
+        str, typer.Option(help="Of the gates: mean, mean_abs, rms, max_abs.")
+    ] = "mean",
+    sample_every: Annotated[int, typer.Option(help="Gates measure every n-th token.")] = 1,
+    variant: Annotated[
+        list[str] | None, typer.Option(help='This alone, as "OPD + Block64"; may be repeated.')
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Of a response.")] = 192,
     workers: Annotated[
         int | None, typer.Option(help="Processes; one a core, or one on a GPU.")
@@ -195,13 +208,7 @@ def distill(
     chosen = parse_device(device or ("cuda" if student and torch.cuda.is_available() else "cpu"))
     if resume and (more := arguments.given(context) - {"--resume", "--workers"}):
         fail(f"--resume takes its settings from {resume}; leave out {', '.join(sorted(more))}")
-    options = dict(
-        steps=steps, seeds=seeds, seed=seed, epochs=tuple(dict.fromkeys(epochs or (2,))),
-        extra=extra, student=student and str(student), teacher=teacher and str(teacher),
-        train=train and str(train), eval=tuple(map(str, evaluate or ())), device=str(chosen),
-        block_size=block_size, max_tokens=max_tokens,
-        learning_rate=(2e-6 if student else 2e-4) if learning_rate is None else learning_rate,
-    )  # fmt: skip
+    options = arguments.settings_of(context.params, str(chosen))
     code, message = arguments.run(options, out, resume, workers)
     if message:
         typer.echo(f"drift-gate: {message}", err=True)

@@ -219,6 +219,57 @@ def test_a_gate_that_samples_says_how_its_weights_differ(drawn: list[list[Proble
     assert all(f"{second[name]:.4f}" in shown for name in names)
 
 
+def after(name: str, some: list[Problem], **changed: object) -> torch.Tensor:
+    """All weights of the student after a rollout batch, which is the same for all settings."""
+    options: dict[str, object] = dict(minibatch=2, epochs=(3,), learning_rate=2e-3, warmup=1)
+    run = trainer(name, some, **{**options, **changed})
+    run.step()
+    return torch.cat([p.detach().flatten() for p in run.pair.student.parameters()])
+
+
+# What each is said to leave alone, it must: ungated runs by gates' options, LSM by those of OPD.
+@pytest.mark.parametrize(
+    "changed, moved, unmoved",
+    [
+        ({"warmup": 9}, "OPD", ""),
+        ({"gradient_norm": 1e-9}, "LSM", ""),
+        ({"minibatch": 4}, "OPD", ""),
+        ({"clip": 1e-3}, "OPD", "LSM"),
+        ({"advantage": "current"}, "OPD", "LSM"),
+        ({"tau": 10.0}, "LSM + Block64", "LSM"),
+        ({"aggregate": "max_abs"}, "OPD + Block64", "OPD"),
+        ({"sample_every": 8}, "LSM + Block64", "LSM"),
+    ],
+)
+def test_a_knob_moves_what_it_is_of(
+    changed: dict[str, object], moved: str, unmoved: str, drawn: list[list[Problem]]
+) -> None:
+    assert not torch.equal(after(moved, drawn[0]), after(moved, drawn[0], **changed))
+    if unmoved:
+        assert torch.equal(after(unmoved, drawn[0]), after(unmoved, drawn[0], **changed))
+
+
+def test_warm_up_and_the_gradient_norm_are_those_asked_for(drawn: list[list[Problem]]) -> None:
+    """The rate of the second of four batches; AdamW's first step of a gradient cut to nothing."""
+    run = trainer("OPD", drawn[0], warmup=4, learning_rate=1e-3)
+    run.step()
+    run.step()
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+    run = trainer("OPD", drawn[0], gradient_norm=0.25, epochs=(1,), minibatch=4)
+    run.step()
+    norm = torch.stack([p.grad.norm() for p in run.pair.student.parameters()]).norm()
+    assert norm.item() == pytest.approx(0.25, rel=1e-3)
+
+
+def test_prompts_with_a_right_response_are_counted(
+    drawn: list[list[Problem]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer("OPD", drawn[0], samples=3)
+    monkeypatch.setattr(Grader, "all", lambda *_: [True, True, False, False, False, False])
+    shown = run.step()
+    assert shown["accuracy"] == pytest.approx(1 / 3) and shown["passed"] == 0.5
+
+
 def test_variants_see_the_same_prompts_and_first_rollouts(drawn: list[list[Problem]]) -> None:
     runs = [trainer(name, drawn[0]) for name in ("OPD", "LSM + Block64")]
     assert [runs[0].problems_of(i) for i in range(20)] == [

@@ -299,9 +299,20 @@ def test_a_malformed_file_is_refused(flag: str, tmp_path: Path) -> None:
         ("--max-tokens", 0),
         ("--learning-rate", 0),
         ("--learning-rate", "nan"),
+        ("--minibatch", 0),
+        ("--warmup", 0),
+        ("--sample-every", 0),
+        ("--gradient-norm", 0),
+        ("--gradient-norm", "nan"),
+        ("--clip", 0),
+        ("--clip", "inf"),
+        ("--tau", -1),
+        ("--advantage", "new"),
+        ("--aggregate", "median"),
+        ("--variant", "OPD + Token"),  # which is one of --extra
     ],
 )
-def test_a_number_out_of_range_is_refused(flag: str, value: object, tmp_path: Path) -> None:
+def test_an_option_out_of_range_is_refused(flag: str, value: object, tmp_path: Path) -> None:
     assert flag in refused(tmp_path, flag, value)
 
 
@@ -329,6 +340,44 @@ def test_extra_adds_gates_sizes_and_reuse_and_keeps_the_six() -> None:
     keys = [job.key for job in settings.jobs(chosen)]
     assert len(keys) == len(set(keys))
     assert "opd-4-epochs_e4_s1" in keys and "lsm_newlinespan_e1_s0" in keys
+
+
+def test_variants_run_alone_and_have_a_gain_beside_their_ungated_one(
+    options: list[object], tmp_path: Path
+) -> None:
+    alone = ["--variant", "OPD", "--variant", "LSM"]
+    assert run(*options, *alone, "--out", tmp_path / "a", "--workers", 1).exit_code == 0
+    rows = json.loads((tmp_path / "a" / "report.json").read_text())["rows"]
+    assert [row["name"] for row in rows[2:]] == ["OPD", "LSM"]
+    assert not any("gain" in row for row in rows)
+    gated = ["--variant", "LSM + Block64", "--variant", "OPD", "--variant", "OPD + NewlineSpan"]
+    assert run(*options, *gated, "--out", tmp_path / "b", "--workers", 1).exit_code == 0
+    rows = json.loads((tmp_path / "b" / "report.json").read_text())["rows"]
+    assert ["gain" in row for row in rows[2:]] == [False, True, False]
+
+
+def test_every_knob_of_the_plan_comes_from_the_command_line(
+    options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = dict(
+        learning_rate=5e-4, epochs=(8,), minibatch=16, gradient_norm=0.3, warmup=12, clip=0.1,
+        tau=3.0, aggregate="rms", sample_every=8, advantage="current", block_size=16,
+        variant=("OPD", "OPD + Block16"),
+    )  # fmt: skip
+    started = []
+    monkeypatch.setattr(command, "run", lambda work, *rest: started.append(work.settings))
+    flags = [
+        word
+        for name, value in knobs.items()
+        for one in (value if isinstance(value, tuple) else [value])
+        for word in (f"--{name.replace('_', '-')}", one)
+    ]
+    assert run(*options[:-2], *flags, "--out", tmp_path / "out").exit_code == 0
+    assert {name: getattr(started[0], name) for name in knobs} == knobs
+    gates = [variant.gate for variant in settings.variants(started[0]) if variant.gate]
+    assert {(gate.tau, gate.aggregate, gate.sample_every) for gate in gates} == {(3.0, "rms", 8)}
+    kept = json.loads((tmp_path / "out" / command.SETTINGS).read_text())
+    assert settings.Settings.from_json(kept) == started[0]
 
 
 def test_settings_survive_their_file() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import time
 from pathlib import Path
@@ -10,11 +12,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from drift_gate.choices import ADVANTAGES, AGGREGATES
+
 from . import command
 from .jobs import Interrupted
-from .settings import Settings
+from .settings import Settings, variants
 from .workers import EXPECTED, Failed
 
+COUNTS = (
+    "steps", "seeds", "block_size", "max_tokens", "minibatch", "warmup", "sample_every",
+)  # fmt: skip
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
 
 
@@ -26,9 +33,24 @@ def given(context: Any) -> set[str]:
     return {f"--{'eval' if name == 'evaluate' else name.replace('_', '-')}" for name in names}
 
 
+def settings_of(given: dict[str, Any], device: str) -> dict[str, Any]:
+    """Options of `Settings` from those of the command line."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    found = {name: value for name, value in given.items() if name in names}
+    student, teacher, train = (given[name] for name in ("student", "teacher", "train"))
+    rate = given["learning_rate"]
+    return found | dict(
+        epochs=tuple(dict.fromkeys(given["epochs"] or (2,))), device=device,
+        student=student and str(student), teacher=teacher and str(teacher),
+        train=train and str(train), eval=tuple(map(str, given["evaluate"] or ())),
+        variant=tuple(dict.fromkeys(given["variant"] or ())),
+        learning_rate=(2e-6 if student else 2e-4) if rate is None else rate,
+    )  # fmt: skip
+
+
 def out_of_range(options: dict[str, Any], workers: int | None) -> str:
-    """What is wrong with the first number that is too small; nothing, if none is."""
-    numbers = {name: options[name] for name in ("steps", "seeds", "block_size", "max_tokens")}
+    """What is wrong with the first option that will not do; nothing, if all will."""
+    numbers = {name: options[name] for name in COUNTS}
     numbers |= dict(epochs=min(options["epochs"]), workers=1 if workers is None else workers)
     for name, value in numbers.items():
         if value < 1:
@@ -37,6 +59,23 @@ def out_of_range(options: dict[str, Any], workers: int | None) -> str:
         return f"--block-size must be at least 4 with --extra; got {options['block_size']}"
     if not 0 < options["learning_rate"] < 1:
         return f"--learning-rate must be between 0 and 1; got {options['learning_rate']}"
+    for name in ("gradient_norm", "clip"):
+        if not 0 < options[name] < math.inf:
+            return f"--{name.replace('_', '-')} must be finite and above 0; got {options[name]}"
+    if not 0 <= options["tau"] < math.inf:
+        return f"--tau must be finite and at least 0; got {options['tau']}"
+    for name, known in (("advantage", ADVANTAGES), ("aggregate", AGGREGATES)):
+        if options[name] not in known:
+            return f"--{name} must be one of {', '.join(known)}; got {options[name]!r}"
+    return _unknown(options)
+
+
+def _unknown(options: dict[str, Any]) -> str:
+    """What is wrong with the names of variants."""
+    names = [variant.name for variant in variants(Settings(**options))]
+    for name in options["variant"]:
+        if name not in names:
+            return f"--variant must be one of {', '.join(names)}; got {name!r}"
     return ""
 
 

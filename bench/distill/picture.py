@@ -67,6 +67,10 @@ def _heat(figure: SubFigure, done: Done) -> None:
         for job, result in done
         if job.variant.gate is not None and job.seed == seed and job.epochs == most
     ][:4]
+    figure.suptitle("(b) gate weights", fontsize=12)
+    if not chosen:
+        figure.text(0.5, 0.5, "no gated variant ran", ha="center")
+        return
     tables = [_table(result["heat"]) for _, result in chosen]
     widest = max(1e-3, *(np.nanquantile(np.abs(table - 1), 0.98) for table in tables))
     grid = figure.subplots(2, 2, sharex=True, sharey=True, squeeze=False).ravel()
@@ -82,7 +86,6 @@ def _heat(figure: SubFigure, done: Done) -> None:
     figure.supxlabel("step (rollout batch)", fontsize=10)
     figure.supylabel("position in the response", fontsize=10)
     figure.colorbar(image, ax=list(grid), label="mean gate weight, last epoch; unit mean")
-    figure.suptitle("(b) gate weights", fontsize=12)
 
 
 def _table(heat: list[list[float]]) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from drift_gate import DriftGate
+from drift_gate.choices import Advantage, Aggregate, Granularity
 
 PASS_AT = 8  # k of pass@k
 
@@ -22,6 +23,14 @@ class Settings:
     extra: bool = False
     block_size: int = 64
     learning_rate: float = 2e-4
+    warmup: int = 5  # rollout batches until the learning rate is whole
+    gradient_norm: float = 1.0  # to which longer gradients are cut
+    clip: float = 0.2  # of the ratio in OPD, either way
+    advantage: Advantage = "old"  # of OPD; "current" is renewed at every optimiser step
+    tau: float = 1.0  # of all gates, as the next two
+    aggregate: Aggregate = "mean"
+    sample_every: int = 1
+    variant: tuple[str, ...] = ()  # names of those to run; all, if there are none
     prompts: int = 8  # of a rollout batch
     samples: int = 8  # responses to a prompt
     minibatch: int = 32  # responses of an optimiser step
@@ -81,27 +90,34 @@ def variants(settings: Settings) -> list[Variant]:
     """The paper's six, and with `extra` what it does not try, each for OPD."""
     size = settings.block_size
     found = []
+
+    def gate(granularity: Granularity = "block", **own: Any) -> DriftGate:
+        common = dict(
+            block_size=size, tau=settings.tau, aggregate=settings.aggregate,
+            sample_every=settings.sample_every,
+        )  # fmt: skip
+        return DriftGate(granularity, **(common | own))
+
     for loss in ("opd", "lsm"):
         plain = loss.upper()
         found += [
             Variant(plain, loss, None),
-            Variant(f"{plain} + Block{size}", loss, DriftGate(block_size=size), plain),
-            Variant(f"{plain} + NewlineSpan", loss, DriftGate("span"), plain),
+            Variant(f"{plain} + Block{size}", loss, gate(), plain),
+            Variant(f"{plain} + NewlineSpan", loss, gate("span"), plain),
         ]
     if settings.extra:
-        gates = {"Token": DriftGate("token"), "Sequence": DriftGate("sequence")}
+        gates = {"Token": gate("token"), "Sequence": gate("sequence")}
         for aggregate in ("mean_abs", "rms", "max_abs"):
-            gate = DriftGate(block_size=size, aggregate=aggregate)  # type: ignore[arg-type]
-            gates[f"Block{size} {aggregate}"] = gate
-        gates[f"Block{size} every 8th"] = DriftGate(block_size=size, sample_every=8)
+            gates[f"Block{size} {aggregate}"] = gate(aggregate=aggregate)
+        gates[f"Block{size} every 8th"] = gate(sample_every=8)
         for other in (size // 4, size // 2, size * 2):
-            gates[f"Block{other}"] = DriftGate(block_size=other)
-        found += [Variant(f"OPD + {name}", "opd", gate, "OPD") for name, gate in gates.items()]
+            gates[f"Block{other}"] = gate(block_size=other)
+        found += [Variant(f"OPD + {name}", "opd", own, "OPD") for name, own in gates.items()]
         more = 2 * max(settings.epochs)
         reused = f"OPD {more} epochs"
         found += [
             Variant(reused, "opd", None, None, more),
-            Variant(f"{reused} + Block{size}", "opd", DriftGate(block_size=size), reused, more),
+            Variant(f"{reused} + Block{size}", "opd", gate(), reused, more),
         ]
     return found
 
@@ -113,6 +129,7 @@ def jobs(settings: Settings) -> list[Job]:
         for seed in range(settings.seed, settings.seed + settings.seeds)
         for number in settings.epochs
         for variant in variants(settings)
+        if not settings.variant or variant.name in settings.variant
         for epochs in [variant.epochs or number]
         if variant.epochs is None or number == settings.epochs[0]
     ]

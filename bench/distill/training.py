@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drift_gate import LossOutput, gate_weights, linear_opd_loss, linear_topk_loss
+from drift_gate import Clip, LossOutput, gate_weights, linear_opd_loss, linear_topk_loss
 
 from .models import Pair, end_ids, head_of, hidden_states, newline_ids, prompt_ids
 from .problems import Grader, Problem
@@ -20,7 +20,6 @@ from .sampling import Nucleus, pad_left, respond
 from .settings import Job, Settings, Variant
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-WARMUP = 5  # rollout batches until the learning rate is whole
 Step = dict[str, Any]  # what one rollout batch showed, plain data
 
 
@@ -100,8 +99,8 @@ class Trainer:
         }
         return [shuffled[i // len(self.order)][i % len(self.order)] for i in wanted]
 
-    def collect(self, step: int) -> tuple[Rollouts, float]:
-        """Sampled and scored responses, and the share of them that is right."""
+    def collect(self, step: int) -> tuple[Rollouts, Tensor]:
+        """Sampled and scored responses, and which are right, [prompts, samples] bool."""
         settings = self.settings
         problems = [p for p in self.problems_of(step) for _ in range(settings.samples)]
         prompts, responses = self.sampler(problems, seeded(self.job.seed, step, 0))
@@ -111,15 +110,17 @@ class Trainer:
                 self.pair, prompts, responses, newlines=self.newlines, top_k=settings.top_k,
                 temperature=settings.temperature, backend=settings.backend,
             )  # fmt: skip
-        return rollouts, sum(right) / len(right)
+        return rollouts, torch.tensor(right).view(-1, settings.samples)
 
     def step(self) -> Step:
         """Sample a batch, train on it for the job's epochs, and say what happened."""
         start, number = time.perf_counter(), len(self.curve)
-        rollouts, accuracy = self.collect(number)
+        rollouts, right = self.collect(number)
         order = seeded(self.job.seed, number, 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * min(1.0, (number + 1) / WARMUP)
+            group["lr"] = self.settings.learning_rate * min(
+                1.0, (number + 1) / self.settings.warmup
+            )
         epochs = []
         for _ in range(self.job.epochs):
             batches = list(rollouts.minibatches(self.settings.minibatch, order))
@@ -128,7 +129,8 @@ class Trainer:
         kl = (rollouts.old_log_probs - rollouts.teacher_log_probs)[rollouts.response_mask]
         shown = dict(
             loss=sum(epoch["loss"] for epoch in epochs) / len(epochs),
-            accuracy=accuracy,
+            accuracy=right.float().mean().item(),
+            passed=right.any(1).float().mean().item(),  # prompts with a right response
             reverse_kl=kl.mean().item(),  # student || teacher, from the sampled tokens
             length=rollouts.response_mask.sum().item() / len(rollouts.tokens),
             epochs=epochs,
@@ -148,7 +150,7 @@ class Trainer:
             output = loss_of(self.job.variant, rollouts, hidden, student, self.settings)
         self.optimizer.zero_grad()
         output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), self.settings.gradient_norm)
         self.optimizer.step()
         return output
 
@@ -165,6 +167,9 @@ def loss_of(
         options["span_ids"] = rollouts.spans
     inputs = hidden, head_of(student), rollouts.labels, rollouts.old_log_probs
     if variant.loss == "opd":
+        options |= dict(
+            clip=Clip(low=settings.clip, high=settings.clip), advantage=settings.advantage
+        )
         return linear_opd_loss(*inputs, rollouts.teacher_log_probs, **options)
     lists = rollouts.teacher_topk_ids, rollouts.teacher_topk_log_probs
     return linear_topk_loss(*inputs, *lists, **options)
