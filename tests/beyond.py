@@ -40,6 +40,7 @@ BEYOND = {
     "test_distill_command.py": "drift-gate distill",
     "test_distill_intervals.py": "drift-gate distill",
     "test_distill_progress.py": "drift-gate distill",
+    "test_study_plan.py": "drift-gate distill",
     # Tests of the tests.
     "test_support.py": "the emulator and the judges",
     "test_opcheck.py": "every op of torch.library under opcheck: test_tracing.py compiles them",

@@ -1,0 +1,57 @@
+"""docs/study_plan.md: its commands are commands, and its table has as many runs as they do."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("reasoning_gym")
+
+from drift_gate.bench.distill import arguments, settings
+from typer.testing import CliRunner
+
+from drift_gate import cli
+
+PLAN = (Path(__file__).parent.parent / "docs" / "study_plan.md").read_text()
+CHOSEN = 'RATE=5e-4; EPOCHS=8; REST="--minibatch 16 --warmup 16"; BAND=low\n'
+PRINTED = "drift-gate() { printf '%q ' \"$@\"; echo; }\n"
+
+
+def commands(block: str) -> list[list[str]]:
+    """What a block of the plan calls, its loops run by bash."""
+    script = PRINTED + CHOSEN + block
+    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def settings_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> settings.Settings:
+    """Of a command that is taken in full, and not run."""
+    taken: list[settings.Settings] = []
+
+    def run(options: dict[str, object], *_: object) -> tuple[int, str]:
+        wrong = arguments.out_of_range(options, None)
+        taken.append(settings.Settings(**options))  # type: ignore[arg-type]
+        return bool(wrong), wrong
+
+    monkeypatch.setattr(arguments, "run", run)
+    done = CliRunner().invoke(cli.app, words, catch_exceptions=False)
+    assert done.exit_code == 0, (words, done.output)
+    return taken[0]
+
+
+def test_the_plans_commands_make_the_runs_of_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"^```sh\n(.*?)^```$", PLAN, re.M | re.S)
+    rows = re.findall(r"^\| [^|]+ \| (\d+) \|", PLAN, re.M)
+    found, folders = [], []
+    for block in blocks:
+        chosen = [(settings_of(words, monkeypatch), words) for words in commands(block)]
+        found.append(sum(len(settings.jobs(one)) for one, _ in chosen))
+        folders += [words[words.index("--out") + 1] for _, words in chosen]
+        assert {one.seed for one, _ in chosen} == ({100} if block == blocks[0] else {0})
+    assert found == [int(row) for row in rows]
+    assert len(folders) == len(set(folders)), "two commands share a folder"
