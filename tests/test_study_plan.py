@@ -7,6 +7,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("transformers")
@@ -55,3 +56,14 @@ def test_the_plans_commands_make_the_runs_of_its_table(monkeypatch: pytest.Monke
         assert {one.seed for one, _ in chosen} == ({100} if block == blocks[0] else {0})
     assert found == [int(row) for row in rows]
     assert len(folders) == len(set(folders)), "two commands share a folder"
+
+
+def test_when_to_gate_has_the_shares_and_weights_of_its_formula() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "when_to_gate.md").read_text()
+    rows = re.findall(r"^\| ([\d.]+) \| ([\d.]+)% \| ([\d.]+) \|$", page, re.M)
+    assert len(rows) == 5
+    rng = np.random.default_rng(0)
+    for mean, share, weight in rows:
+        gates = np.exp(-rng.exponential(float(mean), 400_000))
+        assert float(share) == pytest.approx(100 * gates.mean() ** 2 / (gates**2).mean(), abs=0.2)
+        assert float(weight) == pytest.approx(np.exp(-3 * float(mean)) / gates.mean(), abs=0.01)
