@@ -119,6 +119,9 @@ def test_a_study_of_several_seeds_has_intervals_over_seeds_and_problems(
     assert [run["seed"] for run in found["runs"]] == [0] * 6 + [1] * 6
     assert all("gain" not in row or row["gain"]["pass@8"]["interval"] for row in found["rows"])
     assert {len(counts) for run in found["runs"] for counts in run["right"].values()} == {3}
+    steps = [step for run in found["runs"] for step in run["curve"]]
+    assert len(steps) == 2 * len(found["runs"]) and all(0 <= step["passed"] <= 1 for step in steps)
+    assert all(step["drift_abs"][1] > step["drift_abs"][0] for step in steps)  # epochs of a batch
     (tmp_path / "report.json").unlink()
     assert run("--resume", tmp_path, "--workers", 1).output.count("seeds and problems") == 1
     _, compared = json.loads((tmp_path / "report.json").read_text())["in_words"]

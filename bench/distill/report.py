@@ -81,11 +81,11 @@ def summarize(work: Work, jobs: list[Job]) -> dict[str, Any]:
     samples = work.settings.evaluation_samples
     groups: dict[tuple[str, int], list[Result]] = {}
     for job in jobs:
-        groups.setdefault((job.variant.name, job.epochs), []).append(_finished(work, job.key))
+        groups.setdefault((job.variant.name, job.epochs), []).append(result_of(work, job.key))
     variants = {job.variant.name: job.variant for job in jobs}
     rows: list[dict[str, Any]] = []
     for name in BASE:
-        figures = figures_of([_finished(work, name)], samples)
+        figures = figures_of([result_of(work, name)], samples)
         rows.append(dict(name=name, epochs=None, seeds=1, figures=figures))
     start, goal = (row["figures"][METRICS[0]]["mean"] for row in rows)
     for (name, epochs), results in groups.items():
@@ -103,7 +103,8 @@ def summarize(work: Work, jobs: list[Job]) -> dict[str, Any]:
     )
 
 
-def _finished(work: Work, key: str) -> Result:
+def result_of(work: Work, key: str) -> Result:
+    """The result of a run that is finished."""
     result = work.done(key)
     assert result is not None, key
     return result

@@ -50,16 +50,30 @@ def collect(work: Work) -> dict[str, Any]:
         raise ValueError(f"{work.out} has no seed of which all runs are finished")
     samples, runs = work.settings.evaluation_samples, []
     for job in done:
-        figures = report.figures_of([work.done(job.key)], samples)  # type: ignore[list-item]
+        result = report.result_of(work, job.key)
+        figures = report.figures_of([result], samples)
         means = {metric: round(figures[metric]["mean"], 5) for metric in METRICS}
-        name, right = job.variant.name, work.done(job.key)["right"]  # type: ignore[index]
-        runs.append(dict(variant=name, epochs=job.epochs, seed=job.seed, **means, right=right))
+        about = dict(variant=job.variant.name, epochs=job.epochs, seed=job.seed)
+        runs.append(about | means | dict(right=result["right"], curve=curve_of(result)))
     return dict(
         settings=work.settings.to_json(),
         machine=measure.environment(torch.device(work.settings.device)),
         **report.summarize(work, done),
         runs=runs,
     )
+
+
+def curve_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each rollout batch: how many responses and prompts were right, and by epoch how far
+    positions drifted and which share of them the weights leave."""
+    return [
+        {name: step[name] for name in ("accuracy", "passed") if name in step}
+        | {
+            name: [round(epoch[name], 5) for epoch in step["epochs"]]
+            for name in ("drift_abs", "effective_share")
+        }
+        for step in result["curve"]
+    ]
 
 
 def over_seeds(found: dict[str, Any]) -> list[dict[str, Any]]:
