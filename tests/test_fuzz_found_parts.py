@@ -8,6 +8,13 @@ from drift_gate.fuzz import run
 
 # Shrunk cases, by what they once showed.
 FOUND = {
+    "a shard of likeliest words that are all NaN": {
+        "function": "top_k_log_probs",
+        "vocab": 3,
+        "dtype": "bfloat16",
+        "special": "nan",
+        "ranks": 3,
+    },
     "T of sequences cut over ranks": {
         "function": "opd_loss",
         "batch": "padded",

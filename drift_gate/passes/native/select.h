@@ -45,7 +45,9 @@ int64_t NAME(select)(const void *given, int64_t first, int64_t last)
             mass = add(mass, NAME(tile_mass)(tile, n, 0));
         }
         put_list(&all, job->ids + row * job->words, job->chosen + row * job->words);
-        job->log_sum[row] = read ? statistics_of(mass).log_sum : 0;
+        struct statistics found = statistics_of(mass);
+        int nan = found.maximum != found.maximum; /* beside words that are all -inf, too */
+        job->log_sum[row] = !read ? 0 : nan ? NAN : found.log_sum;
     }
     free(all.ranks);
     return 0;
