@@ -199,9 +199,9 @@ def test_truncation_is_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the budget of each case, and yet always towards zero."""
 
     def truncating(logits: torch.Tensor, *rest: Any) -> None:
-        *arguments, out = rest
+        *arguments, out, gamma = rest
         wide = torch.empty_like(out, dtype=torch.float32)
-        expand(logits.float(), *arguments, wide)
+        expand(logits.float(), *arguments, wide, gamma)
         out.copy_(_truncate(wide))
 
     expand = plain.expand
@@ -285,7 +285,7 @@ def test_a_row_that_was_not_asked_for_is_seen(monkeypatch: pytest.MonkeyPatch) -
 def test_a_gradient_beside_the_logits_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def wild(*arguments: Any) -> None:
         expand(*arguments)
-        out = arguments[-1]
+        *_, out, _ = arguments
         out.as_strided((1,), (1,), out.storage_offset() + out.shape[-1]).fill_(7)
 
     expand = plain.expand
