@@ -114,9 +114,7 @@ def expand_by_hand(z, ids, alpha, beta, gamma, scale):
     return scale * (slope * log_p.exp()).scatter_add(1, ids.long(), beta.double())
 
 
-@pytest.mark.parametrize(("vocab", "k"), [*itertools.product((5, 1003), (1, 3))])
-@pytest.mark.parametrize("run", ["torch", "native", "triton"])
-def test_expand_with_the_slope_of_the_entropy(kernels_on_cpu, run, vocab, k):
+def assert_expands(passes, device, vocab, k):
     """Rows without either coefficient are not read; excluded words get no gradient."""
     generator = torch.Generator().manual_seed(0)
     z = 3 * torch.randn(6, vocab, generator=generator)
@@ -127,8 +125,6 @@ def test_expand_with_the_slope_of_the_entropy(kernels_on_cpu, run, vocab, k):
     beta = torch.randn(6, k, generator=generator)
     alpha[2], gamma[3], alpha[4], gamma[4] = 0, 0, 0, 0
     beta[4] = 0
-    passes = passes_of(run) if run != "triton" else kernel_module
-    device = kernels_on_cpu if run == "triton" else "cpu"
     scaled = 0.7 * z
     top = scaled.amax(-1)
     log_sum = (scaled - top[:, None]).exp().sum(-1).log()
@@ -141,6 +137,20 @@ def test_expand_with_the_slope_of_the_entropy(kernels_on_cpu, run, vocab, k):
     wanted = expand_by_hand(z.masked_fill(z.isnan(), 0), ids, alpha, beta, gamma, 0.7)
     wanted[4] = 0
     torch.testing.assert_close(out[0].cpu().double(), wanted, rtol=2e-6, atol=2e-6)
+
+
+EACH_SIZE = pytest.mark.parametrize(("vocab", "k"), [*itertools.product((5, 1003), (1, 3))])
+
+
+@EACH_SIZE
+@EACH_FUSED
+def test_expand_with_the_slope_of_the_entropy(backend, vocab, k):
+    assert_expands(passes_of(backend), "cpu", vocab, k)
+
+
+@EACH_SIZE
+def test_the_kernel_expands_with_the_slope_of_the_entropy(kernels_on_cpu, vocab, k):
+    assert_expands(kernel_module, kernels_on_cpu, vocab, k)
 
 
 def test_arguments():
