@@ -185,7 +185,8 @@ def test_the_gpu_script(tmp_path):
     if HAS_TRITON:
         assert "sweep: done" in said and "profile: done" in said
         passes = json.loads((tmp_path / "sweep.json").read_text())["results"]
-        assert len({r["pass"] for r in passes if r["seconds"] > 0}) == 9
+        measured = "blocks divergence divergence_grad expand gather rows scan select sparse topk"
+        assert {r["pass"] for r in passes if r["seconds"] > 0} == set(measured.split())
         assert "launches" in said and "over_products" in said
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) <= 8 and all(path.parent == tmp_path for path in files)
