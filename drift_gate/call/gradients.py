@@ -8,6 +8,7 @@ from torch import Tensor
 from ..parallel.words import Shard, own
 from ..passes.backends import passes_of
 from ..passes.memory import empty
+from ..passes.rules import COEFFICIENT, SLOPE, TOKEN_LOSS
 
 
 def expand(
@@ -43,10 +44,11 @@ def overwritten(x: Tensor | Sequence[Tensor]) -> None:
     torch.autograd.graph.increment_version(x)
 
 
-def row_gradient(
-    slope: Tensor, coefficient: Tensor, of_loss: Tensor | None, of_token: Tensor | None
-) -> Tensor:
-    """dL/dx [N] of a row function from its slope, the gradient of the loss and of token losses."""
+def row_gradient(table: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
+    """dL/dx [N] of what the rows' losses are functions of, from those of loss and table."""
+    of_loss, of_table = grads
+    of_token = None if of_table is None else of_table[TOKEN_LOSS]
+    slope, coefficient = table[SLOPE], table[COEFFICIENT]
     if of_loss is None:
         return torch.zeros_like(slope) if of_token is None else slope * of_token
     weight = coefficient * of_loss

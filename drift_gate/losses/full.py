@@ -19,7 +19,7 @@ from ..outputs import LossOutput
 from ..parallel.agreement import meeting
 from ..passes.backends import passes_of, resolve
 from ..passes.memory import empty
-from ..passes.rules import COEFFICIENT, GIVEN, SLOPE, TOKEN_LOSS, Spacing, limit_of, spacing_of
+from ..passes.rules import GIVEN, Spacing, limit_of, spacing_of
 from .by_reference import by_reference
 
 
@@ -273,10 +273,8 @@ def _backward(
     x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
 ) -> list[Tensor | None]:
     """A read of both logits and a write."""
-    of_loss, of_table = grads
     _, table, _, _, valid, _, _, statistics = outputs
-    of_token = None if of_table is None else of_table[TOKEN_LOSS]
-    upstream = row_gradient_of(table, of_loss, of_token)
+    upstream = gradients.row_gradient(table, grads)
     logits = x.logits
     out = logits.detach()
     if not x.inplace:
@@ -288,11 +286,6 @@ def _backward(
     if x.inplace:
         gradients.overwritten(logits)
     return [out]
-
-
-def row_gradient_of(table: Tensor, of_loss: Tensor | None, of_token: Tensor | None) -> Tensor:
-    """dL/d(position losses) [N]."""
-    return gradients.row_gradient(table[SLOPE], table[COEFFICIENT], of_loss, of_token)
 
 
 def _empty(x: Inputs) -> Tensors:

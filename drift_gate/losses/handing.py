@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call.gradients import overwritten, row_gradient
+from ..call.gradients import overwritten
 from ..call.op import Op, Tensors
 from ..call.rows import RowInputs
 from ..head.check import HeadInputs
@@ -14,14 +14,7 @@ from ..head.sums import Needs, finish_sums, plan
 from ..head.walk import Work, splits_by_chunk
 from ..parallel.ranks import sum_gradient
 from ..passes.backends import passes_of
-from ..passes.rules import (
-    COEFFICIENT,
-    SHORT_BITS,
-    SLOPE,
-    TOKEN_LOSS,
-    Spacing,
-    spacing_of,
-)
+from ..passes.rules import SHORT_BITS, Spacing, spacing_of
 
 LEAVES = "hidden", "weight", "bias"
 SUMS = "sum_hidden", "sum_weight", "sum_rest", "sum_bias"
@@ -61,13 +54,6 @@ def rounds(x: Any) -> bool:
 def spacing_from(x: Any, results: Sequence[Tensor]) -> Spacing | None:
     """Of the logits of an op's inputs, from what their walk ends with: maximum and log_sum."""
     return spacing_of(x.weight.dtype, results[-2], results[-1], x.rule.scale)
-
-
-def upstream_of(table: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
-    """dL/dx [N] of what the rows' losses are functions of, from those of loss and table."""
-    of_loss, of_table = grads
-    of_token = None if of_table is None else of_table[TOKEN_LOSS]
-    return row_gradient(table[SLOPE], table[COEFFICIENT], of_loss, of_token)
 
 
 def hand_out(

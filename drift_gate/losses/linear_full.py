@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..call import arguments, recording
 from ..call.finishing import Outcome, complete, empty_outcome
+from ..call.gradients import row_gradient
 from ..call.lists import check_beta
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, Student, take_rows
@@ -35,7 +36,6 @@ from .handing import (
     needs_of,
     no_row_is_left_out,
     rounds,
-    upstream_of,
     work_of,
 )
 
@@ -284,7 +284,7 @@ def _anew(
     run = passes_of(x.backend)
     loss = _loss(x, run, x.vocab, None, False)
     work = work_of(x, valid, False, Needs(*needs))
-    return hand_out(x, gradients_anew(work, loss, upstream_of(table, grads)), None, None, needs)
+    return hand_out(x, gradients_anew(work, loss, row_gradient(table, grads)), None, None, needs)
 
 
 def _empty(x: Inputs) -> Tensors:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..call import arguments, recording
 from ..call.finishing import Outcome, complete, empty_outcome
+from ..call.gradients import row_gradient
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
 from ..call.sampled import check_cut, position_of, target_of
@@ -34,7 +35,6 @@ from .handing import (
     no_row_is_left_out,
     rounds,
     spacing_from,
-    upstream_of,
     work_of,
 )
 
@@ -251,7 +251,7 @@ def _anew(
     work = work_of(x, valid, False, Needs(*needs))
     common = Common(work.run, work.head, x.labels, x.rule.chunk_size, False)
     loss = SampledToken(common, None, x.labels, x.position)
-    sums = gradients_anew(work, loss, upstream_of(table, grads))
+    sums = gradients_anew(work, loss, row_gradient(table, grads))
     return hand_out(x, sums, None, None, needs)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..call import arguments, recording
 from ..call.finishing import Outcome, complete, empty_outcome
+from ..call.gradients import row_gradient
 from ..call.lists import (
     Kind,
     Lists,
@@ -47,7 +48,6 @@ from .handing import (
     rounds,
     spacing_from,
     sum_over_shards,
-    upstream_of,
     work_of,
 )
 from .topk import empty_masses, unread, with_masses
@@ -341,7 +341,7 @@ def _backward_sparse(
     x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
 ) -> list[Tensor | None]:
     table, valid, words, scores, slope = (outputs[i] for i in (1, 4, 8, 9, 10))
-    upstream = upstream_of(table, grads)
+    upstream = row_gradient(table, grads)
     valid = valid & (upstream != 0)
     found = sparse.scatter(
         passes_of(x.backend), x.backend, head_inputs(x), words, valid, scores,
@@ -395,7 +395,7 @@ def _anew(
     common = Common(run, head_inputs(x), None, x.rule.chunk_size, x.kind.outside)
     loss = ListedWords(common, words, teacher, present, x.kind)
     work = work_of(x, valid, False, Needs(*needs))
-    return hand_out(x, gradients_anew(work, loss, upstream_of(table, grads)), None, None, needs)
+    return hand_out(x, gradients_anew(work, loss, row_gradient(table, grads)), None, None, needs)
 
 
 def _forward_tokens(x: Inputs) -> Tensors:

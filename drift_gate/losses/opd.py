@@ -20,7 +20,7 @@ from ..outputs import LossOutput
 from ..parallel.agreement import meeting
 from ..parallel.words import Shard, local_words, scan
 from ..passes.backends import passes_of
-from ..passes.rules import COEFFICIENT, SLOPE, TOKEN_LOSS, PositionRule, spacing_of
+from ..passes.rules import PositionRule, spacing_of
 from .by_reference import by_reference
 
 
@@ -215,10 +215,8 @@ def _backward(
     x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
 ) -> list[Tensor | None]:
     """One read and one write: alpha = dL/d logsumexp, beta = dL/d z[label] = -alpha."""
-    of_loss, of_table = grads
     _, table, _, _, valid, _, _, gathered, maximum, log_sum = outputs
-    of_token = None if of_table is None else of_table[TOKEN_LOSS]
-    beta = row_gradient(table[SLOPE], table[COEFFICIENT], of_loss, of_token)
+    beta = row_gradient(table, grads)
     return [
         expand(
             x.backend,

@@ -31,7 +31,7 @@ from ..outputs import LossOutput
 from ..parallel.agreement import meeting
 from ..parallel.words import Shard, from_owners, local_words, own, scan
 from ..passes.backends import passes_of
-from ..passes.rules import COEFFICIENT, GIVEN, SLOPE, TOKEN_LOSS, TOKENS, spacing_of
+from ..passes.rules import GIVEN, TOKENS, spacing_of
 from .by_reference import by_reference
 
 
@@ -301,10 +301,8 @@ def _backward(
     x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
 ) -> list[Tensor | None]:
     """K entries a row, and where the support is not renormalised alpha = -sum beta."""
-    of_loss, of_table = grads
     _, table, _, _, valid, _, entropy, _, words, gathered, maximum, log_sum, slope = outputs
-    of_token = None if of_table is None else of_table[TOKEN_LOSS]
-    upstream = row_gradient(table[SLOPE], table[COEFFICIENT], of_loss, of_token)
+    upstream = row_gradient(table, grads)
     beta = slope * upstream[:, None]
     alpha = torch.zeros_like(upstream) if x.kind.support == "renormalized" else -beta.sum(-1)
     gamma = None
