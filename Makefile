@@ -10,7 +10,7 @@ TRITONS := 3.5.1 3.6.0 3.9.0
 # Trainers that do not go with the pinned set: each lies beside it, and is tested by itself.
 TRAINERS := ms-swift skyrl
 
-.PHONY: help test test-all test-beyond test-integrations trainer-memory lint build/house house distill distill-study fuzz sanitize mutants bench bench-cpu bench-growth \
+.PHONY: help test test-all test-beyond test-integrations trainer-memory lint build/house house distill distill-study drift-study fuzz sanitize mutants bench bench-cpu bench-growth \
 	readme-table page-pictures docs docs-serve compat compile-check wheel-check wheels clean
 
 help:  ## list the targets
@@ -57,6 +57,11 @@ distill-study: .venv/.installed  ## the docs' comparison: 90 runs, hours
 	$(BIN)/python -m drift_gate distill $(if $(wildcard $(STUDY)/settings.json),--resume $(STUDY), \
 	  --seeds 5 --epochs 1 --epochs 2 --epochs 4 --out $(STUDY))
 	$(BIN)/python -m drift_gate.bench.distill.study $(STUDY)
+
+# Goes on with what an earlier call has left, as the one above.
+DRIFT_STUDY ?= runs/drift-study
+drift-study: .venv/.installed  ## the runs of docs/study_plan.md: hours
+	$(BIN)/python -m drift_gate.bench.distill.plan $(DRIFT_STUDY)
 
 fuzz: .venv/.installed  ## random problems against the float64 reference, for ten minutes
 	$(BIN)/python -m drift_gate fuzz --minutes 10 --cases 1000000 --seed $$(date +%s)

@@ -15,7 +15,7 @@ from .evaluation import benchmarks_of, training_problems
 from .jobs import Work
 from .models import WEIGHTS, check_pair
 from .settings import Settings, jobs
-from .workers import all_jobs, one_thread, run_all
+from .workers import all_tasks, one_thread, run_all
 
 SETTINGS = "settings.json"
 
@@ -64,9 +64,9 @@ def run(work: Work, workers: int, console: Console) -> dict[str, Any]:
         Interrupted, Failed, CannotWrite: see `run_all`.
     """
     everything = jobs(work.settings)
-    pending = all_jobs(work, everything)
+    pending = all_tasks(work, everything)
     with progress.bars(console) as bars:
-        run_all(pending, work, workers, progress.Shown(bars, work, everything).take)
+        run_all(pending, workers, progress.Shown(bars, work, everything).take)
     summary = report.summarize(work, everything)
     words = findings.in_words(summary["rows"], report.labels(summary["rows"]))
     with console.status("time and memory of the losses"), one_thread(work):

@@ -43,6 +43,18 @@ class Work(NamedTuple):
         return json.loads(path.read_text()) if path.exists() else None
 
 
+class Task(NamedTuple):
+    """A run, or of a name of BASE the evaluation, and the folder that it belongs to."""
+
+    job: Job | str
+    work: Work
+
+    @property
+    def key(self) -> str:
+        """Its name among the folder's files."""
+        return self.job if isinstance(self.job, str) else self.job.key
+
+
 Report = Callable[[str, dict[str, Any]], None]  # key of the job, what its bar shows
 
 
@@ -88,7 +100,8 @@ def train(job: Job, work: Work, report: Report, stopped: Callable[[], bool]) -> 
     )
     result = dict(
         variant=job.variant.name, epochs=job.epochs, seed=job.seed, right=found,
-        curve=trainer.curve, heat=trainer.heat, seconds=trainer.seconds,
+        curve=trainer.curve, heat=trainer.heat, heat_by_epoch=trainer.heat_by_epoch,
+        seconds=trainer.seconds,
     )  # fmt: skip
     files.write_json(work.result(job.key), result)
     checkpoint.unlink(missing_ok=True)

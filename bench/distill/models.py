@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +31,7 @@ SIZES = {
     "student": dict(hidden_size=64, num_hidden_layers=2, intermediate_size=160),
 }
 CHARACTERS = sorted({*string.ascii_letters, *string.digits, *string.punctuation, " ", "\n"})
+GROUP = 8  # responses of about a length that a CPU runs at once
 PAD, END, UNKNOWN = "<pad>", "<end>", "<unknown>"
 
 
@@ -67,14 +69,29 @@ def small_model(name: str) -> Qwen3ForCausalLM:
 def hidden_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor, last: int) -> Tensor:
     """What the head takes, [B, last, H], for the last positions but one of tokens [B, T].
 
-    Row t of the result predicts token T - last + t. mask [B, T] is False on padding.
+    Row t of the result predicts token T - last + t; where that token is padding it is 0. mask
+    [B, T] is False on padding, left or right. A CPU runs responses of a length together and
+    leaves out the padding that they share: of responses as students write them, half of it all.
     """
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    output = model.base_model(
-        input_ids=tokens[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
-        use_cache=False,
-    )  # fmt: skip
-    return output.last_hidden_state[:, -last:]
+    order = mask.sum(-1).argsort(stable=True)
+    parts = []
+    for rows in order.split(GROUP if tokens.device.type == "cpu" else len(tokens)):
+        first, end = _columns(mask[rows], last)
+        output = model.base_model(
+            input_ids=tokens[rows, first:end], attention_mask=mask[rows, first:end],
+            position_ids=positions[rows, first:end], use_cache=False,
+        )  # fmt: skip
+        hidden = output.last_hidden_state[:, tokens.shape[1] - last - 1 - first :]
+        parts.append(F.pad(hidden, (0, 0, 0, last - hidden.shape[1])))
+    return torch.cat(parts)[order.argsort()]
+
+
+def _columns(mask: Tensor, last: int) -> tuple[int, int]:
+    """First and end of the columns that predict a token of any row, or come before one."""
+    used = mask.any(0).nonzero()[:, 0].tolist() or [0]
+    head = mask.shape[1] - last - 1  # the first of those asked for
+    return min(used[0], head), max(used[-1], head + 1)
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -72,6 +72,7 @@ class Trainer:
         self.order = list(problems)
         self.curve: list[Step] = []
         self.heat: list[list[float]] = []  # mean gate weight of each position, at every step
+        self.heat_by_epoch: list[list[list[float]]] = []  # the same in every epoch, of gated runs
         self.seconds = 0.0
         pair.student.eval()  # dropout would make old and new log-probs differ on their own
         self.optimizer = torch.optim.AdamW(pair.student.parameters(), lr=settings.learning_rate)
@@ -80,7 +81,8 @@ class Trainer:
         """For `load_state`; with the settings it decides all that follows."""
         return dict(
             model=self.pair.student.state_dict(), optimizer=self.optimizer.state_dict(),
-            curve=self.curve, heat=self.heat, seconds=self.seconds,
+            curve=self.curve, heat=self.heat, heat_by_epoch=self.heat_by_epoch,
+            seconds=self.seconds,
         )  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -88,6 +90,7 @@ class Trainer:
         self.pair.student.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.curve, self.heat, self.seconds = state["curve"], state["heat"], state["seconds"]
+        self.heat_by_epoch = state.get("heat_by_epoch", [])  # which 0.2.0 did not keep
 
     def problems_of(self, step: int) -> list[Problem]:
         """The prompts of a step: every variant sees the same in the same order."""
@@ -121,11 +124,12 @@ class Trainer:
             group["lr"] = self.settings.learning_rate * min(
                 1.0, (number + 1) / self.settings.warmup
             )
-        epochs = []
+        epochs, weights = [], []
         for _ in range(self.job.epochs):
             batches = list(rollouts.minibatches(self.settings.minibatch, order))
             parts = [(part.response_mask, self._update(part)) for part in batches]
             epochs.append(_of_epoch(parts) | _of_sampling(self.job.variant, batches, parts))
+            weights.append(_by_position(parts))
         kl = (rollouts.old_log_probs - rollouts.teacher_log_probs)[rollouts.response_mask]
         shown = dict(
             loss=sum(epoch["loss"] for epoch in epochs) / len(epochs),
@@ -135,7 +139,9 @@ class Trainer:
             length=rollouts.response_mask.sum().item() / len(rollouts.tokens),
             epochs=epochs,
         )
-        self.heat.append(_by_position(parts))
+        self.heat.append(weights[-1])
+        if self.job.variant.gate is not None:
+            self.heat_by_epoch.append(weights)
         self.curve.append(shown)
         self.seconds += time.perf_counter() - start
         return shown

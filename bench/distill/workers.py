@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import files, problems
-from .jobs import BASE, Interrupted, Work, evaluate_base, train
+from .jobs import BASE, Interrupted, Task, Work, evaluate_base, train
 from .models import BadModel
 from .settings import Job
 
@@ -46,24 +46,24 @@ def interruptible(stop: Any) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def run_all(jobs: list[Job | str], work: Work, workers: int, show: Show) -> None:
-    """Run jobs (a name of BASE is an evaluation) in `workers` processes; 1 means this one.
+def run_all(tasks: list[Task], workers: int, show: Show) -> None:
+    """Run tasks, of one folder or of several, in `workers` processes; 1 means this one.
 
     Raises:
         Interrupted: by Ctrl-C or SIGTERM; checkpoints are saved.
         Failed: a run failed; the others were stopped and saved.
     """
-    if workers == 1 or len(jobs) < 2:
+    if workers == 1 or len(tasks) < 2:
         stop = threading.Event()
-        with interruptible(stop), one_thread(work):
-            for job in jobs:
-                if message := _run(job, work, show, stop.is_set):
+        with interruptible(stop):
+            for task in tasks:
+                if message := _run(task, show, stop.is_set):
                     raise Failed(message)
         return
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     with interruptible(stop):
-        _spread(jobs, work, min(workers, len(jobs)), show, context, stop)
+        _spread(tasks, min(workers, len(tasks)), show, context, stop)
 
 
 @contextmanager
@@ -78,14 +78,16 @@ def one_thread(work: Work) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(job: Job | str, work: Work, show: Show, stopped: Callable[[], bool]) -> str:
-    """Run one job; returns why it failed, or nothing."""
+def _run(task: Task, show: Show, stopped: Callable[[], bool]) -> str:
+    """Run one; returns why it failed, or nothing."""
+    job, work = task
     try:
-        if isinstance(job, str):
-            evaluate_base(job, work, stopped)
-            show(job, dict(done=True))
-        else:
-            train(job, work, show, stopped)
+        with one_thread(work):
+            if isinstance(job, str):
+                evaluate_base(job, work, stopped)
+                show(job, dict(done=True))
+            else:
+                train(job, work, show, stopped)
     except EXPECTED as error:
         return str(error)
     except Interrupted:
@@ -96,14 +98,12 @@ def _run(job: Job | str, work: Work, show: Show, stopped: Callable[[], bool]) ->
     return ""
 
 
-def _spread(
-    jobs: list[Job | str], work: Work, workers: int, show: Show, context: Any, stop: Any
-) -> None:
+def _spread(tasks: list[Task], workers: int, show: Show, context: Any, stop: Any) -> None:
     todo, news = context.Queue(), context.Queue()
-    for job in [*jobs, *[None] * workers]:
-        todo.put(job)
+    for task in [*tasks, *[None] * workers]:
+        todo.put(task)
     processes = [
-        context.Process(target=_worker, args=(todo, news, work, stop), daemon=True)
+        context.Process(target=_worker, args=(todo, news, stop), daemon=True)
         for _ in range(workers)
     ]
     for process in processes:
@@ -136,8 +136,8 @@ def _spread(
         raise Interrupted
 
 
-def _worker(todo: Any, news: Any, work: Work, stop: Any) -> None:
-    """Take jobs until there are none."""
+def _worker(todo: Any, news: Any, stop: Any) -> None:
+    """Take tasks until there are none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sets the event
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
@@ -145,20 +145,23 @@ def _worker(todo: Any, news: Any, work: Work, stop: Any) -> None:
     def stopped() -> bool:
         return stop.is_set() or (parent is not None and not parent.is_alive())
 
-    with one_thread(work):
-        while not stopped() and (job := todo.get()) is not None:
-            try:
-                message = _run(job, work, lambda *state: news.put(("state", *state)), stopped)
-            except Interrupted:
-                news.put(("interrupted", "", {}))
-                break
-            if message:
-                news.put(("failed", message, {}))
-                break
+    while not stopped() and (task := todo.get()) is not None:
+        try:
+            message = _run(task, lambda *state: news.put(("state", *state)), stopped)
+        except Interrupted:
+            news.put(("interrupted", "", {}))
+            break
+        if message:
+            news.put(("failed", message, {}))
+            break
     news.put(("ended", "", {}))
 
 
-def all_jobs(work: Work, jobs: list[Job]) -> list[Job | str]:
-    """What is still to be run."""
-    keys: list[Job | str] = [*BASE, *jobs]
-    return [job for job in keys if work.done(job if isinstance(job, str) else job.key) is None]
+def all_tasks(work: Work, jobs: list[Job]) -> list[Task]:
+    """What is still to be run in a folder; the models before training come first."""
+    return unfinished([Task(job, work) for job in (*BASE, *jobs)])
+
+
+def unfinished(tasks: list[Task]) -> list[Task]:
+    """Those that have left no result yet."""
+    return [task for task in tasks if task.work.done(task.key) is None]
