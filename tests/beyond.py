@@ -43,6 +43,7 @@ BEYOND = {
     "test_study_plan.py": "drift-gate distill",
     # Tests of the tests.
     "test_support.py": "the emulator and the judges",
+    "test_mutants.py": "the sweep of planted faults",
     "test_opcheck.py": "every op of torch.library under opcheck: test_tracing.py compiles them",
     # Builds and other interpreters.
     "test_without_compiler.py": "the losses once more, without C",

@@ -13,6 +13,7 @@ class Mutant(NamedTuple):
     tests: str  # arguments of pytest
     nth: int = 0
     interpreted: bool = False  # kernels: the tests run in Triton's interpreter
+    hangs: bool = False  # an endless loop: to be stopped is to be seen
 
 
 FOUND = "tests/test_fuzz_found.py tests/test_fuzz_found_heads.py tests/test_fuzz_found_parts.py"
@@ -34,11 +35,12 @@ RANKS = "tests/test_ranks.py"
 SHARDS = "tests/test_vocab_parallel.py"
 SPANS = "tests/test_spans.py"
 ARGUMENTS = f"tests/test_arguments.py {FUZZ}"
-GUARDS = "tests/test_native_guards.py"  # first: the others would die of a write beyond a tensor
-NATIVE = f"{GUARDS} tests/test_native_passes.py tests/test_native.py"
-NATIVE_ROWS = f"{GUARDS} tests/test_native_rows.py"
-NATIVE_TOPK = f"{GUARDS} tests/test_native_topk.py"
-NATIVE_SELECT = f"{GUARDS} tests/test_top_k_log_probs.py"
+GUARDS = "tests/test_native_guards.py"
+NATIVE = f"tests/test_native_passes.py tests/test_native.py {GUARDS}"
+GUARDED = f"{GUARDS} {NATIVE}"  # the others would die of a write beyond a tensor
+NATIVE_ROWS = f"tests/test_native_rows.py {GUARDS}"
+NATIVE_TOPK = f"tests/test_native_topk.py {GUARDS}"
+NATIVE_SELECT = f"tests/test_top_k_log_probs.py {GUARDS}"
 SELECT = "tests/test_top_k_log_probs.py"
 K_SCAN = "tests/test_kernels_vocabulary.py"
 K_SELECT = "tests/test_kernels_select.py"
@@ -294,24 +296,24 @@ C = [
     _native("the centre forgotten", "divergence.h", "(a - log_m - centre)", "(a - log_m)"),
     _native("forward's factors swapped", "divergence.h", "* factor - NAME(exp)(v[i] - other_top) * other_factor", "* other_factor - NAME(exp)(v[i] - other_top) * factor"),
     _native("the last tile dropped", "tiles.h", "for (int64_t at = 0; at < vocab; at += TILE)", "for (int64_t at = 0; at < vocab - 1; at += TILE)"),
-    _native("a word beyond the row written", "tiles.h", "memcpy((float *)out.data + first, tile, (size_t)n", "memcpy((float *)out.data + first, tile, (size_t)(n + 1)"),
-    _native("zeros beyond the row", "jobs.h", "(size_t)((next - row) * words * size)", "(size_t)((next - row) * words * size + 1)"),
+    _native("a word beyond the row written", "tiles.h", "memcpy((float *)out.data + first, tile, (size_t)n", "memcpy((float *)out.data + first, tile, (size_t)(n + 1)", tests=GUARDED),
+    _native("zeros beyond the row", "jobs.h", "(size_t)((next - row) * words * size)", "(size_t)((next - row) * words * size + 1)", tests=GUARDED),
     _native("zeros over rows between", "jobs.h", "start(out, next) == start(out, next - 1) + words", "1"),
     _native("words that the teacher lacks left alone", "divergence.h", "zero_rows(job->out, row, next, job->vocab, job->all_words);", ";"),
     _native("invalid rows keep their entries", "expand.h", "if (!job->valid || job->valid[row])", "if (1)"),
     _native("blank rows without entries", "expand.h", "for (; row < next; row++)", "for (row = next - 1; row < next; row++)"),
     _native("p - 1 for expm1", "expand.h", "alpha * expm1(log_p)", "alpha * (p - 1)"),
     _native("the last of the betas of a word alone", "expand.h", "room.sum[owner] += room.sum[k]", "room.sum[owner] = room.sum[k]"),
-    _native("one id beyond the last word", "scan.h", "id >= job->vocab", "id > job->vocab"),
-    _native("a label beyond the teacher's words", "divergence.h", "label >= job->vocab", "label > job->vocab"),
-    _native("an entry beyond the words written", "expand.h", "id < job->vocab", "id <= job->vocab"),
+    _native("one id beyond the last word", "scan.h", "id >= job->vocab", "id > job->vocab", tests=GUARDED),
+    _native("a label beyond the teacher's words", "divergence.h", "label >= job->vocab", "label > job->vocab", tests=GUARDED),
+    _native("an entry beyond the words written", "expand.h", "id < job->vocab", "id <= job->vocab", tests=GUARDED),
     _native("a table that loses entries", "lists.h", "slot = (slot + 1) & last", "slot = slot & last, of.slots[slot] = 0"),
     _native("rows between tasks left out", "rows.c", "rows - first < size ? rows : first + size", "rows - first < size ? rows : first + size - 1"),
     _native_select("zeros of both signs apart", "candidates.h", "logit = logit == 0 ? 0 : logit;", ";"),
     _native_select("negative logits the wrong way round", "candidates.h", "u = u >> 31 ? ~u : u | 0x80000000u;", "u = u | 0x80000000u;"),
     _native_select("a border above its word", "candidates.h", "logit_of(x[last])", "logit_of(x[0])"),
     _native_select("candidates not divided", "candidates.h", "high = j;", "break;"),
-    _native_select("the room left unsorted", "candidates.h", "if (all->count > all->most)", "if (0)"),
+    _native("the room left unsorted", "candidates.h", "if (all->count > all->most)", "if (0)", tests=f"{GUARDS} {SELECT}"),
     _native_select("sums of logits without the scale", "select.h", "tile[i] *= scale;", ";"),
     _native_select("invalid rows listed", "select.h", "job->valid && !job->valid[row] ? 0 : job->vocab", "job->vocab"),
     _native_select("words counted in their tile", "select.h", "at + i + lane[f]", "i + lane[f]"),
