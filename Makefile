@@ -87,6 +87,7 @@ bench-growth: .venv/.installed  ## time a token and memory over 64 times the row
 readme-table: .venv/.installed  ## write the figures of README and docs from the committed results
 	$(BIN)/python -m drift_gate.bench.readme_table
 	$(BIN)/python -m drift_gate.bench.distill.study
+	$(BIN)/python -m drift_gate.bench.distill.drift_report
 
 page-pictures: .venv/.installed  ## draw the gate and an eager loss's memory for the docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m drift_gate.bench.page_pictures

@@ -40,6 +40,8 @@ BEYOND = {
     "test_distill_command.py": "drift-gate distill",
     "test_distill_intervals.py": "drift-gate distill",
     "test_distill_progress.py": "drift-gate distill",
+    "test_drift_report.py": "drift-gate distill",
+    "test_drift_study.py": "drift-gate distill",
     "test_study_plan.py": "drift-gate distill",
     # Tests of the tests.
     "test_support.py": "the emulator and the judges",

@@ -69,6 +69,32 @@ def test_worked_solutions_are_right(drawn: list[list[Problem]]) -> None:
     ]
 
 
+@pytest.mark.parametrize(("left", "right"), [(5, 9), (0, 12), (3, 1)])
+def test_padding_that_is_left_out_changes_no_hidden_state(
+    left: int, right: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = torch.Generator().manual_seed(left)
+    columns = torch.arange(16 + right)
+    first = torch.randint(0, left + 1, (21, 1), generator=rng)
+    end = 16 + torch.randint(1, right + 1, (21, 1), generator=rng)
+    mask = (columns >= first) & (columns < end)
+    tokens = torch.randint(3, 90, mask.shape, generator=rng)
+    model = models.small_model("student")
+    monkeypatch.setattr(models, "GROUP", 4)
+    found = models.hidden_states(model, tokens, mask, right)
+    whole = model.base_model(
+        input_ids=tokens[:, :-1], attention_mask=mask[:, :-1], use_cache=False,
+        position_ids=(mask.long().cumsum(-1) - 1).clamp(min=0)[:, :-1],
+    ).last_hidden_state[:, -right:]  # fmt: skip
+    valid = mask[:, -right:]
+    torch.testing.assert_close(found[valid], whole[valid], rtol=1e-5, atol=1e-5)
+    gradients = [
+        torch.autograd.grad((states[valid] ** 2).sum(), model.base_model.embed_tokens.weight)[0]
+        for states in (found, whole)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 def test_sloppy_solutions_are_worse_the_higher_the_level() -> None:
     solver, grader, shares = Solver(0.5, 0), Grader(), []
     for level in range(4):

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
-from drift_gate.bench.distill import arguments, settings
+from drift_gate.bench.distill import arguments, plan, settings
 from typer.testing import CliRunner
 
 from drift_gate import cli
@@ -56,6 +56,24 @@ def test_the_plans_commands_make_the_runs_of_its_table(monkeypatch: pytest.Monke
         assert {one.seed for one, _ in chosen} == ({100} if block == blocks[0] else {0})
     assert found == [int(row) for row in rows]
     assert len(folders) == len(set(folders)), "two commands share a folder"
+
+
+def test_the_program_makes_the_runs_of_the_plans_commands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks = re.findall(r"^```sh\n(.*?)^```$", PLAN, re.M | re.S)
+    chosen = plan.Setting(5e-4, 8, 1.0, minibatch=16, warmup=16)
+    selection = dict(seed=100, seeds=3, variant=plan.LOSSES)
+    made = [
+        [setting.settings(**selection) for setting in plan.GRID],
+        [chosen.settings(seeds=plan.SEEDS)],
+        [settings.Settings(seeds=plan.SEEDS)],
+        list(plan.other_settings(chosen).values()),
+    ]
+    for block, ours in zip(blocks, made, strict=True):
+        theirs = [settings_of(words, monkeypatch) for words in commands(block)]
+        assert len(ours) == len(theirs)
+        assert set(ours) == set(theirs)
 
 
 def test_when_to_gate_has_the_shares_and_weights_of_its_formula() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import random
@@ -57,6 +58,13 @@ def draw(
     Fewer where a source has no more. No question is in both streams: a fifth of all questions
     belongs to HELD_OUT alone.
     """
+    return list(_drawn(level, count, seed, stream, sources))
+
+
+@functools.cache  # a second or two of symbolic algebra; a study asks for the same ones often
+def _drawn(
+    level: int, count: int, seed: int, stream: int, sources: tuple[str, ...]
+) -> tuple[Problem, ...]:
     found: dict[Problem, None] = {}
     for i, source in enumerate(sources):
         wanted = len(found) + count // len(sources) + (i < count % len(sources))
@@ -68,7 +76,7 @@ def draw(
                 found[problem] = None
     mixed = list(found)
     random.Random(seed).shuffle(mixed)
-    return mixed
+    return tuple(mixed)
 
 
 def held_out(question: str) -> bool:

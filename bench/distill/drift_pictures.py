@@ -1,0 +1,159 @@
+"""Pictures of the study of gates where the policy drifts, from bench/results/drift_study.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from ..plots import COLOURS
+from .report import METRICS
+
+Found = dict[str, Any]
+LOSS_COLOURS = {"OPD": COLOURS[0], "LSM": "#D55E00"}
+FEW = 3  # rollout batches that a point of a curve is the mean of
+
+
+def drawn(found: Found) -> Iterator[tuple[str, str, Figure]]:
+    """Name, what it shows in words, and figure, of each picture that the results suffice for."""
+    rows = [row for row in found["comparisons"] if row["gain"][METRICS[0]]["interval"]]
+    if rows:
+        yield "gain", "Gain in pass@8 of each comparison against the mean drift", gains(rows)
+    if found["runs"]:
+        yield (
+            "training",
+            "Share of prompts solved over training, with and without a gate",
+            training(found),
+        )
+    if "collapse" in found:
+        yield (
+            "weights",
+            "Gate weights by position and epoch in the run that fell furthest",
+            weights(found),
+        )
+
+
+def gains(rows: list[dict[str, Any]]) -> Figure:
+    """A point and its interval for each gate beside none, at the drift that none leaves."""
+    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+    for loss, colour in LOSS_COLOURS.items():
+        for main in (True, False):
+            shown = [
+                row for row in rows
+                if row["against"] == loss and row["main"] is main and " + " in row["name"]
+            ]  # fmt: skip
+            if not shown:
+                continue
+            gain = [row["gain"][METRICS[0]] for row in shown]
+            middle = np.array([g["mean"] for g in gain])
+            low, high = np.array([g["interval"] for g in gain]).T
+            axes.errorbar(
+                _apart([row["drift"] for row in shown]), middle, [middle - low, high - middle],
+                fmt="o" if main else ".", color=colour, capsize=3, alpha=1 if main else 0.45,
+                label=f"{loss}, {'Block64' if main else 'other gates'}",
+            )  # fmt: skip
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("mean |old - new| log-prob in the last epoch, without a gate; nats")
+    axes.set_ylabel("gain of the gate in pass@8")
+    axes.set_title("Gated minus ungated, 95% intervals over seeds and problems", fontsize=10)
+    axes.legend(frameon=False, fontsize=9)
+    return _plain(figure)
+
+
+def _apart(drifts: list[float]) -> list[float]:
+    """Points of the same drift side by side, so that their intervals can be read."""
+    seen: dict[float, int] = {}
+    placed = []
+    for drift in drifts:
+        number = seen[drift] = seen.get(drift, -1) + 1
+        placed.append(drift * 1.04**number)
+    return placed
+
+
+def training(found: Found) -> Figure:
+    """Share of a batch's prompts with a right response among eight, mean and quartiles of seeds."""
+    bands = [name for name in found["bands"] if any(r["band"] == name for r in found["runs"])]
+    bands += ["default"] if any(r["band"] == "default" for r in found["runs"]) else []
+    losses = list(LOSS_COLOURS)
+    figure, grid = pyplot.subplots(
+        len(bands), 2, figsize=(10, 1 + 2.9 * len(bands)), sharex=True, sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for band, line in zip(bands, grid, strict=True):
+        for loss, axes in zip(losses, line, strict=True):
+            for name, style in ((loss, "--"), (f"{loss} + Block64", "-")):
+                curves = [
+                    [step["passed"] for step in run["curve"]]
+                    for run in found["runs"]
+                    if run["band"] == band and run["variant"] == name
+                ]
+                if not curves:
+                    continue
+                smooth = _smooth(np.array(curves))
+                at = np.arange(smooth.shape[1]) + (FEW + 1) / 2
+                colour = LOSS_COLOURS[loss] if style == "-" else "0.35"
+                axes.plot(
+                    at, smooth.mean(0), style, color=colour, label=f"{name}, {len(curves)} seeds"
+                )
+                axes.fill_between(
+                    at, *np.quantile(smooth, [0.25, 0.75], 0), color=colour, alpha=0.15
+                )
+            axes.set_title(
+                f"{loss}, {band}{' drift' if band != 'default' else ' setting'}", fontsize=10
+            )
+            axes.legend(frameon=False, fontsize=8, loc="lower right")
+    for axes in grid[-1]:
+        axes.set_xlabel("rollout batch")
+    figure.supylabel(f"prompts solved in 8 samples, mean of {FEW} batches", fontsize=10)
+    return _plain(figure)
+
+
+def _smooth(curves: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """[seeds, batches - FEW + 1]"""
+    kernel = np.full(FEW, 1 / FEW)
+    return np.array([np.convolve(curve, kernel, mode="valid") for curve in curves])
+
+
+def weights(found: Found) -> Figure:
+    """Weights [position, epoch over a batch], and under them the share of right responses."""
+    run = found["collapse"]
+    table = np.full((len(run["weights"]), max(map(len, run["weights"]))), np.nan)
+    for row, values in enumerate(run["weights"]):
+        table[row, : len(values)] = values
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(10, 5), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    batches = len(run["accuracy"])
+    widest = max(1e-3, float(np.nanquantile(np.abs(table - 1), 0.98)))
+    image = above.imshow(
+        table.T, aspect="auto", origin="lower", cmap="RdBu", interpolation="nearest",
+        vmin=1 - widest, vmax=1 + widest, extent=(0, batches, 0, 8 * table.shape[1]),
+    )  # fmt: skip
+    above.set_facecolor("0.9")
+    above.set_ylabel("position in the response")
+    above.set_title(
+        f"{run['variant']}, {run['band']} drift, seed {run['seed']}: mean weight of 8 positions "
+        f"in each of {run['epochs']} epochs over a batch",
+        fontsize=10,
+    )
+    figure.colorbar(image, ax=above, label="gate weight; unit mean")
+    below.step(
+        range(batches + 1), [*run["accuracy"], run["accuracy"][-1]], where="post", color="0.2"
+    )
+    below.set(ylim=(0, 1), xlabel="rollout batch", ylabel="right", xlim=(0, batches))
+    return figure
+
+
+def _plain(figure: Figure) -> Figure:
+    for axes in figure.axes:
+        axes.grid(color="#e6e6e6", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
