@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from ..plots import COLOURS
 from .report import METRICS
@@ -61,6 +62,8 @@ def gains(rows: list[dict[str, Any]]) -> Figure:
             )  # fmt: skip
     axes.axhline(0, color="0.4", linewidth=0.8)
     axes.set_xscale("log")
+    for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        which(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("mean |old - new| log-prob in the last epoch, without a gate; nats")
     axes.set_ylabel("gain of the gate in pass@8")
     axes.set_title("Gated minus ungated, 95% intervals over seeds and problems", fontsize=10)
