@@ -90,7 +90,7 @@ def expansion(
     logits: Tensor, ids: Tensor, alpha: Tensor, beta: Tensor, inplace: bool
 ) -> Callable[[Tensor], Tensor]:
     """The backward pass: from logits [N, V] to their gradient, in new memory or in place."""
-    run, whole = passes(logits), words.whole(logits.shape[1])
+    run, whole = passes(logits), words.Shard(logits.shape[1])
     gathered, _, maximum, log_sum, _ = run.scan(logits.detach()[None], ids, None, 1.0, False)
     row_data = ids, maximum, log_sum, gathered, None, alpha, beta, 1.0, whole, inplace
 

@@ -12,7 +12,7 @@ from drift_gate import linear_opd_loss, linear_topk_loss
 from drift_gate.head.check import HeadInputs, HeadRule, chunk_sizes
 from drift_gate.head.chunks import TILE, all_rows, chunks, regular_ends
 from drift_gate.head.sums import Needs, Sums, finish_sums, plan
-from drift_gate.parallel.words import whole
+from drift_gate.parallel.words import Shard
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
@@ -22,7 +22,7 @@ DTYPES = pytest.mark.parametrize(
 def head_of(hidden: torch.Tensor, weight: torch.Tensor, chunk_size: int) -> HeadInputs:
     """Without bias and softcap."""
     rule = HeadRule(0.0, 1.0, chunk_size, chunk_size)
-    return HeadInputs(hidden, weight, None, rule, whole(len(weight)))
+    return HeadInputs(hidden, weight, None, rule, Shard(len(weight)))
 
 
 def finished(sums: Sums, factor: float, dtype: torch.dtype) -> list[torch.Tensor]:

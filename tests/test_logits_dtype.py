@@ -17,7 +17,7 @@ from drift_gate.head.check import HeadInputs, HeadRule, chunk_sizes
 from drift_gate.head.scan import expand_head, scan_head
 from drift_gate.head.sums import Needs
 from drift_gate.measure import peak_bytes
-from drift_gate.parallel.words import whole
+from drift_gate.parallel.words import Shard
 from drift_gate.passes.backends import passes_of
 
 EACH_FORM = pytest.mark.parametrize("form", FORMS)
@@ -119,7 +119,7 @@ def test_the_gradient_is_rounded_once(softcap, dtype, backend):
     width, rows = 64, 200
     hidden = (2 * torch.randn(rows, width, generator=generator)).to(dtype)
     rule = HeadRule(softcap or 0.0, 1.0, 128, 128, wide=True)
-    head = HeadInputs(hidden, torch.eye(width).to(dtype), None, rule, whole(width))
+    head = HeadInputs(hidden, torch.eye(width).to(dtype), None, rule, Shard(width))
     ids = torch.randint(width, (rows, 1), generator=generator)
     beta = torch.randn(rows, 1, generator=generator)
     needs = Needs(True, False, False)
@@ -301,7 +301,7 @@ def test_chunks_count_the_float32_bytes():
 def test_a_scan_needs_no_room_for_a_gradient():
     problem = draw_head("opd", 64, vocab=5000, bias=False, softcap=None, dtype=torch.bfloat16)
     rule = HeadRule(0.0, 1.0, 64, 64, wide=True)
-    head = HeadInputs(problem.hidden, problem.weight, None, rule, whole(5000))
+    head = HeadInputs(problem.hidden, problem.weight, None, rule, Shard(5000))
     with peak_bytes() as memory:
         scan_head(passes_of("torch"), head, problem.rest[0][:, None], None, False, 64)
     with peak_bytes() as both:

@@ -15,6 +15,7 @@ from support.problems import peaked_logits
 
 from drift_gate import opd_loss
 from drift_gate.passes import native
+from drift_gate.passes.backends import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -169,7 +170,8 @@ def test_without_the_library_results_are_the_same_to_rounding(monkeypatch):
     losses = []
     for enabled in (True, False):
         monkeypatch.setattr(native, "enabled", enabled)
-        assert native.takes(z) is enabled and not native.takes(z.double())
+        assert resolve("auto", z) == ("native" if enabled else "torch")
+        assert resolve("auto", z.double()) == "torch"
         losses.append(opd_loss(z, labels, old, teacher, reduction="none").loss)
     torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
 
@@ -179,7 +181,7 @@ def test_a_library_that_cannot_be_loaded_is_left_out_with_a_warning(tmp_path, mo
     monkeypatch.setattr(native.library, "FOLDER", tmp_path)
     native.library.find.cache_clear()
     with pytest.warns(UserWarning, match="without their functions in C"):
-        assert not native.takes(torch.zeros(1))
+        assert resolve("auto", torch.zeros(1)) == "torch"
     assert native.instruction_set() is None
     native.library.find.cache_clear()
 

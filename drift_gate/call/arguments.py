@@ -4,16 +4,40 @@ Every message names the argument, what it was and what it should be. Values of t
 the passes: that would synchronise a GPU here, and break a traced graph.
 """
 
+import functools
 import math
 import numbers
-from collections.abc import Collection, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 INTEGERS = (torch.int32, torch.int64)
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
+
+Found = TypeVar("Found")
+
+
+def remembered(check: Callable[..., Found]) -> Callable[..., Found]:
+    """A check of options alone, whose results are kept: 256 of them, by values and types.
+
+    Not kept is what raises, what is of a tuple (1 and True in it are one key), and anything where
+    `torch.compile` traces.
+    """
+    kept = functools.lru_cache(maxsize=256, typed=True)(check)
+
+    @functools.wraps(check)
+    def found(*options: Any) -> Found:
+        if not torch.compiler.is_compiling() and tuple not in map(type, options):
+            try:
+                return kept(*options)
+            except TypeError:  # perhaps not hashable: what is wrong is said below
+                pass
+        return check(*options)
+
+    return found
 
 
 def wrong_type(name: str, x: object, wanted: str) -> NoReturn:

@@ -52,6 +52,7 @@ class Listed(NamedTuple):
     counts: Tensor  # [2]: valid rows that list nothing, and words listed again
 
 
+@arguments.remembered
 def kind_of(
     direction: str,
     support: str,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parallel.words import Shard, whole
+from ..parallel.words import Shard
 from ..passes.backends import resolve
 from . import arguments
 from .rows import Student
@@ -22,9 +22,9 @@ def of_logits(
     vocab = logits.shape[-1] if shard is None else shard.total
     dtype = torch.promote_types(logits.dtype, torch.float32)
     student = Student("logits", "logits without V", logits.shape[:-1], vocab, dtype, logits.device)
-    chosen = resolve_for(backend, shard, logits)
+    chosen = resolve(backend, logits, sharded=shard is not None)
     batch = logits if logits.dim() == 3 else logits[None]
-    return student, batch, chosen, whole(vocab) if shard is None else shard
+    return student, batch, chosen, Shard(vocab) if shard is None else shard
 
 
 def logits_like(name: str, x: Any, any_rank: bool = False) -> None:
@@ -73,16 +73,6 @@ def as_batch(x: Tensor) -> Tensor:
     if dims == 3:
         return x
     return x[None] if dims == 2 else x.reshape(1, -1, x.shape[-1])
-
-
-def resolve_for(backend: str, shard: Shard | None, *tensors: Tensor) -> str:
-    """`backends.resolve`; the reference takes whole rows alone."""
-    chosen = resolve(backend, *tensors)
-    if shard is not None and chosen == "reference":
-        raise ValueError(
-            'backend "reference" takes whole rows of logits; got parallel.vocab_parallel_group'
-        )
-    return chosen
 
 
 def empty_scan(

@@ -109,12 +109,12 @@ def take_rows(
     if backend == "reference":
         _whole_batch(ranks, normalizer)
     if labels is not None:
-        arguments.integer("labels", labels)
+        if not (isinstance(labels, Tensor) and labels.dtype in arguments.INTEGERS):
+            arguments.integer("labels", labels)
         if labels.shape != shape or labels.device != device:
             arguments.like("labels", labels, shape, device, of)
     elif labelled and (old_log_probs is not None or isinstance(rule, DriftGate)):
         raise ValueError("labels must be a tensor where a gate or old_log_probs are used; got None")
-    arguments.number("temperature", temperature, 0)
     part = bool(ranks.group) or normalizer is not None
     gated, weights = _gate(rule, old_log_probs, part, shape, device, dtype)
     spans = _spans(span_ids, "span" in (gated.granularity, unit), shape, device, base)
@@ -124,6 +124,7 @@ def take_rows(
     else:
         how = as_reduction(reduction)
         reduce, divisor = _reduce(how, length, ranks, part, device)
+    arguments.number("temperature", temperature, 0)
     mask = old = weighed = positions = None
     if response_mask is not None:
         mask = mask_of(response_mask, shape, device, base)

@@ -1,10 +1,7 @@
 """The options of the sampled-token losses, checked: clips, advantages, ratios."""
 
-import functools
 import math
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..choices import ADVANTAGES, ESTIMATORS, GRANULARITIES
@@ -16,17 +13,7 @@ from .rows import Student
 RATIOS = tuple(GRANULARITIES)
 
 
-def position_of(*options: Any) -> PositionRule:
-    """`position_rule`, remembered: it depends on options alone."""
-    if not torch.compiler.is_compiling():
-        try:
-            return _remembered(*options)
-        except TypeError:  # not hashable: what is wrong is said below
-            pass
-    return position_rule(*options)
-
-
-def position_rule(
+def position_of(
     estimator: str,
     clip: Clip,
     advantage: str,
@@ -35,17 +22,35 @@ def position_rule(
     given: bool,
 ) -> PositionRule:
     """The position loss as row functions take it; `given`: advantages are."""
+    if not isinstance(clip, Clip):
+        as_clip(clip)
+    return _rule(
+        estimator, clip.low, clip.high, clip.dual, clip.advantage, clip.kl, advantage, ratio,
+        teacher_log_prob_min, given,
+    )  # fmt: skip
+
+
+@arguments.remembered
+def _rule(
+    estimator: str,
+    low: float,
+    high: float,
+    dual: float | None,
+    bounds: float | tuple[float, float] | None,
+    kl: bool,
+    advantage: str,
+    ratio: str,
+    teacher_log_prob_min: float | None,
+    given: bool,
+) -> PositionRule:
     arguments.option("estimator", estimator, ESTIMATORS)
     arguments.option("advantage", advantage, ADVANTAGES)
     arguments.option("ratio", ratio, RATIOS)
-    as_clip(clip)
-    arguments.number("clip.low", clip.low, 0, inclusive=True)
-    arguments.number("clip.high", clip.high, 0, inclusive=True)
-    dual = math.inf
-    if clip.dual is not None:
-        arguments.number("clip.dual", clip.dual, 1)
-        dual = float(clip.dual)
-    low, high = _bounds(clip.advantage)
+    arguments.number("clip.low", low, 0, inclusive=True)
+    arguments.number("clip.high", high, 0, inclusive=True)
+    if dual is not None:
+        arguments.number("clip.dual", dual, 1)
+    lowest, highest = _bounds(bounds)
     floor = -math.inf
     if teacher_log_prob_min is not None:
         if given:
@@ -55,12 +60,9 @@ def position_rule(
         arguments.number("teacher_log_prob_min", teacher_log_prob_min, -math.inf)
         floor = float(teacher_log_prob_min)
     return PositionRule(
-        estimator, float(clip.low), float(clip.high), dual, low, high,
-        "given" if given else advantage, ratio, bool(clip.kl), floor,
+        estimator, float(low), float(high), math.inf if dual is None else float(dual), lowest,
+        highest, "given" if given else advantage, ratio, bool(kl), floor,
     )  # fmt: skip
-
-
-_remembered = functools.lru_cache(maxsize=256)(position_rule)
 
 
 def _bounds(advantage: float | tuple[float, float] | None) -> tuple[float, float]:
@@ -82,34 +84,38 @@ def _bounds(advantage: float | tuple[float, float] | None) -> tuple[float, float
     return -float(advantage), float(advantage)
 
 
-def target_of(
+def take_sampled(
     student: Student,
     estimator: str,
-    old_log_probs: Tensor | None,
+    clip: Clip,
+    advantage: str,
+    ratio: str,
+    teacher_log_prob_min: float | None,
     teacher_log_probs: Tensor | None,
     advantages: Tensor | None,
-) -> Tensor:
-    """The teacher's log-probs, or the advantages, as [N]."""
-    kind = ESTIMATORS[estimator]
+    cut: bool,
+) -> tuple[PositionRule, Tensor]:
+    """The position loss, and its target [N]: the teacher's log-probs, or the advantages.
+
+    cut: sequences lie on several ranks.
+    """
+    given = advantages is not None
+    position = position_of(estimator, clip, advantage, ratio, teacher_log_prob_min, given)
+    if cut and ratio != "token":
+        raise ValueError(
+            "ratio must be 'token' where sequences are cut over ranks (position_ids); got "
+            f"{ratio!r}"
+        )
     shape, device, dtype = student.shape, student.device, student.dtype
     if advantages is not None:
-        if not kind.ratio:
+        if not ESTIMATORS[estimator].ratio:
             names = ", ".join(name for name, each in ESTIMATORS.items() if each.ratio)
             raise ValueError(f"advantages go with the estimators {names}; got {estimator!r}")
-        return arguments.row_data("advantages", advantages, shape, device, "labels", dtype)
-    if teacher_log_probs is None:
+        name, target = "advantages", advantages
+    elif teacher_log_probs is not None:
+        name, target = "teacher_log_probs", teacher_log_probs
+    else:
         raise ValueError(
             "teacher_log_probs must be a tensor where no advantages are given; got None"
         )
-    return arguments.row_data(
-        "teacher_log_probs", teacher_log_probs, shape, device, "labels", dtype
-    )
-
-
-def check_cut(position: PositionRule) -> None:
-    """Raise where a ratio is taken over more than a token of sequences that are cut over ranks."""
-    if position.ratio != "token":
-        raise ValueError(
-            "ratio must be 'token' where sequences are cut over ranks (position_ids); got "
-            f"{position.ratio!r}"
-        )
+    return position, arguments.row_data(name, target, shape, device, "labels", dtype)

@@ -13,6 +13,7 @@ from ..passes.rules import (
     DRIFT,
     GIVEN,
     METRICS,
+    SHORT_BITS,
     SLOPE,
     TOKEN_LOSS,
     WEIGHT,
@@ -41,6 +42,14 @@ def data_of(
     return RowData(
         valid, now, rows.old, rows.spans, rows.cu_seqlens, rows.length, measured, spacing
     )
+
+
+def spacing_of(
+    dtype: torch.dtype, maximum: Tensor, log_sum: Tensor, scale: float
+) -> Spacing | None:
+    """Of logits of this dtype; None where they are not rounded, or their statistics are [0]."""
+    bits = SHORT_BITS.get(dtype)
+    return None if bits is None or not len(maximum) else Spacing(maximum, log_sum, bits, scale)
 
 
 def is_sampled(rows: RowInputs) -> bool:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ..call import arguments
-from ..call.logits import resolve_for
 from ..call.rows import Student
 from ..options import Head, Parallel, as_head, as_parallel
-from ..parallel.words import Shard, local_words, unwrap_words, whole
+from ..parallel.words import Shard, local_words, unwrap_words
+from ..passes.backends import resolve
 from .chunks import TILE
 
 READ_BYTES = 56 << 20  # of logits that are only read, on a CPU
@@ -85,7 +85,8 @@ def take_head(
     name, at = f"{prefix}hidden_states", f"{prefix}head"
     if not isinstance(head, Head):
         head = as_head(head, at)
-    arguments.floating(name, hidden_states)
+    if not (isinstance(hidden_states, Tensor) and hidden_states.is_floating_point()):
+        arguments.floating(name, hidden_states)
     if hidden_states.dim() not in (2, 3):
         shape = list(hidden_states.shape)
         raise ValueError(f"{name} must be [N, H] or [B, T, H]; got shape {shape}")
@@ -98,15 +99,10 @@ def take_head(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check_parts(name, at, hidden, weight, bias)
-    if head.softcap is not None:
-        arguments.number(f"{at}.softcap", head.softcap, 0)
-    arguments.number(f"{at}.logit_scale", head.logit_scale, 0)
     if head.logits_dtype not in (None, torch.float32):
         raise ValueError(
             f"{at}.logits_dtype must be None or torch.float32; got {head.logits_dtype}"
         )
-    arguments.number(f"{prefix}temperature", temperature, 0)
-    scale = float(head.logit_scale) / float(temperature)
     vocab = weight.shape[0] if shard is None else shard.total
     row_dtype = torch.promote_types(hidden.dtype, torch.float32)
     of = f"{name} without H"
@@ -114,10 +110,15 @@ def take_head(
     wide = head.logits_dtype is not None and row_dtype != hidden.dtype
     words = vocab if shard is None else shard.largest
     sizes = chunk_sizes(f"{at}.chunk_size", head.chunk_size, weight, words, wide)
+    if head.softcap is not None:
+        arguments.number(f"{at}.softcap", head.softcap, 0)
+    arguments.number(f"{at}.logit_scale", head.logit_scale, 0)
+    arguments.number(f"{prefix}temperature", temperature, 0)
+    scale = float(head.logit_scale) / float(temperature)
     rule = HeadRule(float(head.softcap or 0), scale, *sizes, wide)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    inputs = HeadInputs(rows, weight, bias, rule, whole(vocab) if shard is None else shard)
-    return inputs, student, resolve_for(backend, shard, hidden)
+    inputs = HeadInputs(rows, weight, bias, rule, Shard(vocab) if shard is None else shard)
+    return inputs, student, resolve(backend, hidden, sharded=shard is not None)
 
 
 def head_facts(name: str, head: Head | Tensor, rule: HeadRule) -> dict[str, object]:
@@ -168,7 +169,8 @@ def _gathered(name: str, x: Any) -> Tensor:
         from torch.distributed.tensor import Partial
 
         x = x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
-    arguments.floating(name, x)
+    if not (isinstance(x, Tensor) and x.is_floating_point()):
+        arguments.floating(name, x)
     return x
 
 

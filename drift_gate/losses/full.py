@@ -11,7 +11,7 @@ from ..call.lists import check_beta
 from ..call.logits import as_batch, logits_like, of_logits
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
-from ..call.weighing import finish, valid_rows
+from ..call.weighing import finish, spacing_of, valid_rows
 from ..choices import FULL_DIRECTIONS, FullDirection
 from ..gate import DriftGate
 from ..options import Parallel, Reduction, refuse
@@ -19,7 +19,7 @@ from ..outputs import LossOutput
 from ..parallel.agreement import meeting
 from ..passes.backends import passes_of, resolve
 from ..passes.memory import empty
-from ..passes.rules import GIVEN, Spacing, limit_of, spacing_of
+from ..passes.rules import GIVEN, Spacing, limit_of
 from .by_reference import by_reference
 
 

@@ -14,7 +14,7 @@ from ..head.sums import Needs, finish_sums, plan
 from ..head.walk import Work, splits_by_chunk
 from ..parallel.ranks import sum_gradient
 from ..passes.backends import passes_of
-from ..passes.rules import SHORT_BITS, Spacing, spacing_of
+from ..passes.rules import SHORT_BITS
 
 LEAVES = "hidden", "weight", "bias"
 SUMS = "sum_hidden", "sum_weight", "sum_rest", "sum_bias"
@@ -49,11 +49,6 @@ def work_of(x: Any, valid: Tensor, whole: bool, needs: Needs, *, lists: bool = F
 def rounds(x: Any) -> bool:
     """Whether the drift of an op's inputs is of rounded logits."""
     return x.rows.old is not None and not x.rule.wide and x.weight.dtype in SHORT_BITS
-
-
-def spacing_from(x: Any, results: Sequence[Tensor]) -> Spacing | None:
-    """Of the logits of an op's inputs, from what their walk ends with: maximum and log_sum."""
-    return spacing_of(x.weight.dtype, results[-2], results[-1], x.rule.scale)
 
 
 def hand_out(

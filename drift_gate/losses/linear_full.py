@@ -21,7 +21,7 @@ from ..head.walk import gradients_anew, walk
 from ..options import Head, Parallel, Reduction, as_head, refuse
 from ..outputs import LossOutput
 from ..parallel.agreement import meeting
-from ..parallel.words import Shard, whole
+from ..parallel.words import Shard
 from ..passes.backends import passes_of, resolve
 from ..passes.rules import GIVEN, Finished, limit_of
 from .by_reference import by_reference
@@ -252,7 +252,7 @@ def _loss(
 ) -> WholeVocabulary:
     theirs = HeadInputs(
         x.teacher_hidden, x.teacher_weight, x.teacher_bias, x.teacher_rule,
-        whole(x.teacher_weight.shape[0]),
+        Shard(x.teacher_weight.shape[0]),
     )  # fmt: skip
     common = Common(run, head_inputs(x), labels, x.rule.chunk_size, entropy, noise)
     return WholeVocabulary(common, theirs, vocab, x.direction, x.beta)

@@ -10,8 +10,8 @@ from ..call.finishing import Outcome, complete, empty_outcome
 from ..call.gradients import row_gradient
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
-from ..call.sampled import check_cut, position_of, target_of
-from ..call.weighing import finish, valid_rows
+from ..call.sampled import take_sampled
+from ..call.weighing import finish, spacing_of, valid_rows
 from ..choices import Advantage
 from ..gate import DriftGate
 from ..head.check import HeadRule, head_facts, local_head, take_head
@@ -34,7 +34,6 @@ from .handing import (
     needs_of,
     no_row_is_left_out,
     rounds,
-    spacing_from,
     work_of,
 )
 
@@ -165,9 +164,6 @@ def linear_opd_loss(
         inputs, student, chosen = take_head(hidden_states, head, temperature, backend, shard)
         if labels is None:
             arguments.integer("labels", labels)
-        position = position_of(
-            estimator, clip, advantage, ratio, teacher_log_prob_min, advantages is not None
-        )
         needs = needs_of(*inputs[:3])
         call = take_rows(
             student, labels, old_log_probs, gate=gate, response_mask=response_mask,
@@ -176,9 +172,10 @@ def linear_opd_loss(
             reduction=reduction, validate=validate, backend=chosen, ranks=ranks, unit=ratio,
             trains=any(needs),
         )  # fmt: skip
-        if ranks.context:
-            check_cut(position)
-        target = target_of(student, estimator, old_log_probs, teacher_log_probs, advantages)
+        position, target = take_sampled(
+            student, estimator, clip, advantage, ratio, teacher_log_prob_min, teacher_log_probs,
+            advantages, bool(ranks.context),
+        )  # fmt: skip
         if ranks.any:
             ranks.tell(
                 **position._asdict(),
@@ -219,10 +216,6 @@ class Inputs(NamedTuple):
     backend: str
 
 
-def _per_unit(x: Inputs) -> bool:
-    return x.position.ratio != "token"
-
-
 def _forward(x: Inputs) -> Tensors:
     run = passes_of(x.backend)
     valid = valid_rows(run, x.rows, x.labels, x.hidden)
@@ -233,9 +226,15 @@ def _forward(x: Inputs) -> Tensors:
         work,
         loss,
         lambda results: finish(
-            run, x.rows, valid, results[0], x.target, x.position, spacing=spacing_from(x, results)
+            run,
+            x.rows,
+            valid,
+            results[0],
+            x.target,
+            x.position,
+            spacing=spacing_of(x.weight.dtype, results[-2], results[-1], x.rule.scale),
         ),
-        per_unit=_per_unit(x),
+        per_unit=x.position.ratio != "token",
     )
     log_probs, entropy = loss.results[:2]
     return (
@@ -258,7 +257,7 @@ def _anew(
 def _empty(x: Inputs) -> Tensors:
     like = x.target.new_empty(0)
     found = empty_outcome(x.rows, like, x.entropy)
-    return (*found, *empty_sums(x, _per_unit(x)), like.new_empty(()))
+    return (*found, *empty_sums(x, x.position.ratio != "token"), like.new_empty(()))
 
 
 LINEAR_OPD = handing_op("linear_opd", Inputs, _forward, _empty, Outcome._fields)

@@ -20,7 +20,7 @@ from ..call.lists import (
 )
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, Student, take_rows
-from ..call.weighing import finish, is_sampled, measured_rows, most_measured, valid_rows
+from ..call.weighing import finish, is_sampled, measured_rows, most_measured, spacing_of, valid_rows
 from ..choices import Direction, Support
 from ..gate import DriftGate
 from ..head import sparse
@@ -46,7 +46,6 @@ from .handing import (
     needs_of,
     no_row_is_left_out,
     rounds,
-    spacing_from,
     sum_over_shards,
     work_of,
 )
@@ -304,7 +303,9 @@ def _forward_sparse(x: Inputs) -> Tensors:
     rows, slope = divergence(
         run, x.kind, scores, known, x.lists.teacher, present, valid, x.rows.row_weights
     )
-    spacing = spacing_from(x, [maximum, log_sum]) if x.known is None and rounds(x) else None
+    spacing = None
+    if x.known is None and rounds(x):
+        spacing = spacing_of(x.weight.dtype, maximum, log_sum, x.rule.scale)
     done = finish(run, x.rows, valid, now, rows[0], GIVEN, measured, spacing)
     sizes = masses(rows, done.metrics[TOKENS], counts, measured, entropy)
     return (
@@ -365,7 +366,9 @@ def _forward(x: Inputs) -> Tensors:
             run, x.kind, log_probs, log_probs, x.lists.teacher, present, valid, entropy=results[1]
         )
         now = _where(valid, results[0] if x.known is None else x.known)
-        spacing = spacing_from(x, results) if x.known is None else None
+        spacing = None
+        if x.known is None:
+            spacing = spacing_of(x.weight.dtype, results[-2], results[-1], x.rule.scale)
         done = finish(run, x.rows, valid, now, found[0], GIVEN, spacing=spacing)
         kept.append(masses(found, done.metrics[TOKENS], counts, None, results[1]))
         return done

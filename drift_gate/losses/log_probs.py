@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ..call import arguments
 from ..call.gradients import expand
-from ..call.logits import as_batch, empty_scan, logits_like, resolve_for, writable
+from ..call.logits import as_batch, empty_scan, logits_like, writable
 from ..call.op import Op, Tensors
 from ..call.rows import NEVER
 from ..options import Parallel, check_groups, refuse
 from ..parallel.agreement import meeting
-from ..parallel.words import Shard, local_words, scan, whole
-from ..passes.backends import passes_of
+from ..parallel.words import Shard, local_words, scan
+from ..passes.backends import passes_of, resolve
 from .by_reference import by_reference
 
 
@@ -73,7 +73,7 @@ def token_log_probs(
         if labels.shape != shape or labels.device != logits.device:
             arguments.like("labels", labels, shape, logits.device, "logits without V")
         arguments.number("temperature", temperature, 0)
-        chosen = resolve_for(backend, shard, logits)
+        chosen = resolve(backend, logits, sharded=shard is not None)
         if ranks.any:
             ranks.tell(
                 labels.shape,
@@ -85,7 +85,7 @@ def token_log_probs(
         return by_reference(token_log_probs, locals())
     ignored = NEVER if ignore_index is None else ignore_index
     if shard is None:
-        shard = whole(logits.shape[-1])
+        shard = Shard(logits.shape[-1])
     log_probs, entropy, *_ = LOG_PROBS(
         LogProbs(
             as_batch(logits),
@@ -214,10 +214,10 @@ def gather_lse(
         ranks.expect(logits)
         logits_like("logits", logits, any_rank=True)
         if shard is None:
-            shard = whole(logits.shape[-1])
+            shard = Shard(logits.shape[-1])
         check_ids(ids, logits.shape[:-1], logits.device, shard.total, "logits with K for V")
         arguments.number("temperature", temperature, 0)
-        chosen = resolve_for(backend, shard if shard.group else None, logits)
+        chosen = resolve(backend, logits, sharded=bool(shard.group))
         if ranks.any:
             ranks.tell(ids.shape, temperature=temperature)
     if chosen == "reference":

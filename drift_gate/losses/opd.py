@@ -11,8 +11,8 @@ from ..call.gradients import expand, row_gradient
 from ..call.logits import empty_scan, of_logits
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
-from ..call.sampled import check_cut, position_of, target_of
-from ..call.weighing import finish, valid_rows
+from ..call.sampled import take_sampled
+from ..call.weighing import finish, spacing_of, valid_rows
 from ..choices import Advantage
 from ..gate import DriftGate
 from ..options import Clip, Parallel, Reduction, refuse
@@ -20,7 +20,7 @@ from ..outputs import LossOutput
 from ..parallel.agreement import meeting
 from ..parallel.words import Shard, local_words, scan
 from ..passes.backends import passes_of
-from ..passes.rules import PositionRule, spacing_of
+from ..passes.rules import PositionRule
 from .by_reference import by_reference
 
 
@@ -149,9 +149,6 @@ def opd_loss(
         student, batch, chosen, shard = of_logits(logits, shard, inplace_backward, backend)
         if labels is None:
             arguments.integer("labels", labels)
-        position = position_of(
-            estimator, clip, advantage, ratio, teacher_log_prob_min, advantages is not None
-        )
         call = take_rows(
             student, labels, old_log_probs, gate=gate, response_mask=response_mask,
             cu_seqlens=cu_seqlens, span_ids=span_ids, position_ids=position_ids,
@@ -159,9 +156,10 @@ def opd_loss(
             reduction=reduction, validate=validate, backend=chosen, ranks=ranks, unit=ratio,
             trains=logits.requires_grad,
         )  # fmt: skip
-        if ranks.context:
-            check_cut(position)
-        target = target_of(student, estimator, old_log_probs, teacher_log_probs, advantages)
+        position, target = take_sampled(
+            student, estimator, clip, advantage, ratio, teacher_log_prob_min, teacher_log_probs,
+            advantages, bool(ranks.context),
+        )  # fmt: skip
         if ranks.any:
             ranks.tell(**position._asdict(), entropy=return_entropy)
     if chosen == "reference":

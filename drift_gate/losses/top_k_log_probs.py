@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from ..call import arguments
-from ..call.logits import as_batch, logits_like, resolve_for
+from ..call.logits import as_batch, logits_like
 from ..call.op import Op, Tensors
 from ..call.rows import NEVER, mask_of
 from ..options import Parallel, check_groups
 from ..outputs import TopKOutput
 from ..parallel.agreement import Meeting, meeting
-from ..parallel.words import Shard, likeliest, local_words, whole
-from ..passes.backends import passes_of
+from ..parallel.words import Shard, likeliest, local_words
+from ..passes.backends import passes_of, resolve
 from .by_reference import by_reference
 
 
@@ -63,7 +63,7 @@ def top_k_log_probs(
         ranks.expect(logits)
         logits_like("logits", logits, any_rank=True)
         arguments.number("temperature", temperature, 0)
-        chosen = resolve_for(backend, shard, logits)
+        chosen = resolve(backend, logits, sharded=shard is not None)
         shape = logits.shape[:-1]
         k, mask = take_rows(
             k, response_mask, shape, logits.device, "logits without V", ranks, chosen
@@ -73,7 +73,7 @@ def top_k_log_probs(
     if chosen == "reference":
         return by_reference(top_k_log_probs, locals())
     if shard is None:
-        shard = whole(logits.shape[-1])
+        shard = Shard(logits.shape[-1])
     rows, scale = as_batch(logits.detach()), 1 / float(temperature)
     ids, log_probs = TOP_K(Listing(rows, mask, k, scale, shard, chosen))
     return TopKOutput(ids.view(*shape, k), log_probs.view(*shape, k))

@@ -23,7 +23,7 @@ from ..call.lists import (
 from ..call.logits import of_logits
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
-from ..call.weighing import finish, is_sampled, measured_rows, valid_rows
+from ..call.weighing import finish, is_sampled, measured_rows, spacing_of, valid_rows
 from ..choices import Direction, Support
 from ..gate import DriftGate
 from ..options import Parallel, Reduction, refuse
@@ -31,7 +31,7 @@ from ..outputs import LossOutput
 from ..parallel.agreement import meeting
 from ..parallel.words import Shard, from_owners, local_words, own, scan
 from ..passes.backends import passes_of
-from ..passes.rules import GIVEN, TOKENS, spacing_of
+from ..passes.rules import GIVEN, TOKENS
 from .by_reference import by_reference
 
 

@@ -19,17 +19,12 @@ from .ranks import gather_ranks, max_ranks, name_of, rank_in, sum_ranks
 
 
 class Shard(NamedTuple):
-    """Which words of the vocabulary a rank has."""
+    """Which words of the vocabulary a rank has; `Shard(V)`: all V of them."""
 
-    first: int
     total: int  # words of all ranks
-    largest: int  # words of the rank that has most
-    group: str  # named, see `ranks`; "" where this rank has all
-
-
-def whole(vocab: int) -> Shard:
-    """All words on this rank."""
-    return Shard(0, vocab, vocab, "")
+    first: int = 0
+    largest: int = 0  # words of the rank that has most, where there are several
+    group: str = ""  # named, see `ranks`; "" where this rank has all
 
 
 def local_words(name: str, x: Any, parallel: Any, dim: int) -> tuple[Any, Shard | None]:
@@ -48,7 +43,7 @@ def local_words(name: str, x: Any, parallel: Any, dim: int) -> tuple[Any, Shard 
     words = x.shape[dim] if isinstance(x, Tensor) and x.dim() > 1 else 0
     device = x.device if isinstance(x, Tensor) else torch.device("cpu")
     sizes = _shard_sizes(words, group, str(device))
-    return x, Shard(sum(sizes[: rank_in(group)]), sum(sizes), max(sizes), group)
+    return x, Shard(sum(sizes), sum(sizes[: rank_in(group)]), max(sizes), group)
 
 
 def _shard_sizes(size: int, group: str, device: str) -> list[int]:

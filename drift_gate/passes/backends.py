@@ -37,14 +37,23 @@ def triton_on_cpu() -> Iterator[None]:
         _triton_on_cpu = before
 
 
-def resolve(backend: str, *tensors: Tensor) -> str:
+def _has_native() -> bool:
+    return native.library.find() is not None
+
+
+# What torch.compiler.assume_constant_result does, beside loading torch._dynamo (seconds): the
+# compiler cannot look for a library.
+_has_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def resolve(backend: str, *tensors: Tensor, sharded: bool = False) -> str:
     """Name the backend that will run on these tensors, of one device: none of them is "auto".
 
     "auto" takes Triton for CUDA (and ROCm) tensors of up to 32 bits, C for such tensors on a CPU
-    where it was compiled, and PyTorch for the rest.
+    where it was compiled, and PyTorch for the rest. sharded: the words are spread over ranks.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot run on the tensors' device.
+        ValueError: an unknown backend, or one that cannot run on the tensors' device, or on shards.
         TypeError: Triton or C asked for float64.
     """
     first = tensors[0]
@@ -54,9 +63,14 @@ def resolve(backend: str, *tensors: Tensor) -> str:
     if backend == "auto":
         if first.is_cuda and narrow and HAS_TRITON:
             return "triton"
-        return "native" if narrow and first.is_cpu and native.takes() else "torch"
+        in_c = narrow and first.is_cpu and native.enabled and _has_native()
+        return "native" if in_c else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "reference" and sharded:
+        raise ValueError(
+            'backend "reference" takes whole rows of logits; got parallel.vocab_parallel_group'
+        )
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError('backend "triton" needs the package triton; it is not installed')
@@ -65,7 +79,7 @@ def resolve(backend: str, *tensors: Tensor) -> str:
     if backend == "native":
         if not first.is_cpu:
             _wrong_device(backend, "a CPU", first)
-        if not native.takes():
+        if not (native.enabled and _has_native()):
             raise ValueError(
                 'backend "native" needs the functions in C, which are built at installation where '
                 "there is a C compiler, and DRIFT_GATE_NATIVE other than 0"

@@ -70,14 +70,6 @@ TIED = 1e-4
 """Nats below the largest word at which the label is it."""
 
 
-def spacing_of(
-    dtype: torch.dtype, maximum: Tensor, log_sum: Tensor, scale: float
-) -> Spacing | None:
-    """Of logits of this dtype; None where they are not rounded, or their statistics are [0]."""
-    bits = SHORT_BITS.get(dtype)
-    return None if bits is None or not len(maximum) else Spacing(maximum, log_sum, bits, scale)
-
-
 class RowData(NamedTuple):
     """Rows of a call, flat; log-probs in nats, float32 or float64."""
 

@@ -15,7 +15,7 @@ from drift_gate.passes import native
 from .numerics import assert_as_good_as
 from .problems import per_token
 
-FUSED = ("native", "torch") if native.takes() else ("torch",)
+FUSED = ("native", "torch") if native.instruction_set() else ("torch",)
 """Backends that run on this CPU."""
 EACH_FUSED = pytest.mark.parametrize("backend", FUSED)
 EACH_BACKEND = pytest.mark.parametrize("backend", [*FUSED, "reference"])

@@ -12,14 +12,12 @@ where there is little to do, else by as many threads as ATen has. The same bits 
 
 import os
 
-from torch import Tensor
-
 from ..torch.sparse import head_gather, weigh_words
 from . import library
 from .divergence import divergence, divergence_grad
+from .library import KINDS
 from .rows import finish, measured_rows, valid_rows, weigh
 from .sparse import by_word, sum_words
-from .tensors import KINDS
 from .topk import topk_rows, topk_support
 from .vocabulary import expand, gather, scan, select
 
@@ -37,7 +35,6 @@ __all__ = [
     "scan",
     "select",
     "sum_words",
-    "takes",
     "topk_rows",
     "topk_support",
     "valid_rows",
@@ -48,23 +45,6 @@ __all__ = [
 enabled = os.environ.get("DRIFT_GATE_NATIVE", "1") != "0"
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the functions here run on these tensors."""
-    for x in tensors:
-        if not (x.is_cpu and x.dtype in KINDS):
-            return False
-    return enabled and _found()
-
-
-def _found() -> bool:
-    return library.find() is not None
-
-
-# What torch.compiler.assume_constant_result does, beside loading torch._dynamo (seconds): the
-# compiler cannot look for a library.
-_found._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def instruction_set() -> str | None:
     """ "avx512", "avx2" or "any": what the functions were compiled for; None without them."""
-    return library.instruction_set() if enabled and _found() else None
+    return library.instruction_set() if enabled and library.find() else None

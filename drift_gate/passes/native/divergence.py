@@ -5,8 +5,7 @@ from torch import Tensor
 
 from . import errors
 from .jobs import DIVERGENCE, DIVERGENCE_GRAD
-from .library import choice, run
-from .tensors import CPU, FLOAT32, INT64, booleans, floats, listed, rows_of
+from .library import CPU, FLOAT32, INT64, booleans, choice, floats, listed, rows_of, run
 
 LIMITS: dict[float, str] = {0: "forward", 1: "reverse"}
 """KL(teacher || student) and KL(student || teacher): JSD at the ends of beta, as in TRL. It becomes

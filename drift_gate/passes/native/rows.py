@@ -20,8 +20,21 @@ from ..rules import (
 )
 from . import errors
 from .jobs import FINISH, GATE, MEASURED_ROWS, POSITION, REDUCE, VALID_ROWS
-from .library import NO_MEMORY, choice, function, no_memory
-from .tensors import BOOL, CPU, FLOAT32, INT32, INT64, booleans, floats, listed, mask_kind
+from .library import (
+    BOOL,
+    CPU,
+    FLOAT32,
+    INT32,
+    INT64,
+    NO_MEMORY,
+    booleans,
+    choice,
+    floats,
+    function,
+    listed,
+    mask_kind,
+    no_memory,
+)
 
 FLOAT64 = torch.float64
 NO_SPACING: tuple[float, ...] = (0, 0, 0, 1.0)

@@ -5,8 +5,17 @@ from torch import Tensor
 
 from ..memory import empty
 from .jobs import BY_WORD, WORD_SUMS
-from .library import NO_MEMORY, function, no_memory, run
-from .tensors import CPU, INT64, floats, listed, rows_of
+from .library import (
+    CPU,
+    INT64,
+    NO_MEMORY,
+    floats,
+    function,
+    listed,
+    no_memory,
+    rows_of,
+    run,
+)
 
 
 def by_word(ids: Tensor, vocab: int) -> tuple[Tensor, Tensor]:

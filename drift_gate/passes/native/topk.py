@@ -8,8 +8,7 @@ from torch import Tensor
 from . import errors
 from .divergence import jsd_or_limit
 from .jobs import SUPPORT, TOPK
-from .library import choice, run
-from .tensors import BOOL, CPU, FLOAT32, INT64, booleans, floats, listed
+from .library import BOOL, CPU, FLOAT32, INT64, booleans, choice, floats, listed, run
 
 NEVER = 2**62
 Tally = ctypes.c_int64 * 3
@@ -72,6 +71,7 @@ def topk_rows(
     beta * forward + (1 - beta) * reverse. Raises ValueError for unknown options.
     """
     n, k = scores.shape
+    direction = jsd_or_limit(direction, beta)
     _words, words_at = floats(n * k, scores, log_probs, teacher)
     _present, here_at = booleans(present, n * k)
     _mask, mask_at = booleans(valid, n)
@@ -81,7 +81,7 @@ def topk_rows(
         raise ValueError(f"beta must lie in [0, 1]; got {beta}")
     job = TOPK.pack(
         n, k, *words_at, here_at, mask_at, rows.data_ptr(), slope.data_ptr(),
-        choice("direction", jsd_or_limit(direction, beta)), choice("support", support), beta,
+        choice("direction", direction), choice("support", support), beta,
     )  # fmt: skip
     run("topk", job, n, 4 * k)
     return rows, slope

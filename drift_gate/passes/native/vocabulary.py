@@ -6,8 +6,7 @@ from torch import Tensor
 from ..torch.select import select as by_sorting
 from . import errors
 from .jobs import EXPAND, SCAN, SELECT
-from .library import run
-from .tensors import CPU, FLOAT32, INT64, booleans, floats, listed, rows_of
+from .library import CPU, FLOAT32, INT64, booleans, floats, listed, rows_of, run
 
 LARGEST_VOCABULARY = (1 << 32) - 1  # whose ids `select` can compare
 
