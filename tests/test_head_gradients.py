@@ -8,7 +8,8 @@ from drift_gate.bench.measure import peak_bytes
 from support.heads import draw_head
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from drift_gate import linear_opd_loss, linear_topk_loss
+from drift_gate import DriftGate, Head, linear_opd_loss, linear_topk_loss, opd_loss
+from drift_gate.head import sums as head_sums
 from drift_gate.head.check import HeadInputs, HeadRule, chunk_sizes
 from drift_gate.head.chunks import TILE, all_rows, chunks, regular_ends
 from drift_gate.head.sums import Needs, Sums, finish_sums, plan
@@ -57,6 +58,25 @@ def test_many_chunks_cost_no_digits(dtype):
         # would have ten times that; in float32 and float64 each of the 200 additions rounds.
         short = torch.finfo(dtype).bits == 16
         assert error < (0.8 if short else 4) * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("chunk_size", [64, 4], ids=["one chunk", "several"])
+@pytest.mark.parametrize("kept", ["every row", "some", "none"])
+def test_what_memory_held_is_in_no_gradient(kept, chunk_size, monkeypatch):
+    """Memory for the sums is not cleared where it will be written whole."""
+    monkeypatch.setattr(
+        head_sums, "empty", lambda shape, dtype, device: torch.full(shape, 1, dtype=dtype) * 77
+    )
+    hidden, weight, bias = torch.randn(3, 7, 5), torch.randn(11, 5), torch.randn(11)
+    labels, old, teacher = torch.randint(11, (3, 7)), torch.randn(3, 7), torch.randn(3, 7)
+    mask = {"every row": torch.ones(3, 7), "some": (torch.arange(21) % 3 > 0).view(3, 7) * 1.0}
+    rest = {"response_mask": mask.get(kept, torch.zeros(3, 7)), "gate": DriftGate(block_size=2)}
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    head = Head(weight, bias, chunk_size=chunk_size)
+    fused = linear_opd_loss(hidden, head, labels, old, teacher, **rest).loss
+    whole = opd_loss(hidden @ weight.T + bias, labels, old, teacher, **rest).loss
+    got, expected = (torch.autograd.grad(loss, leaves) for loss in (fused, whole))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_summed_in_24_bits():

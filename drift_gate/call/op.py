@@ -114,7 +114,7 @@ class _Eager(torch.autograd.Function):
             values[i] = None
         if op.hands_out:
             for i, y in zip(op.leaves_at, differentiable, strict=True):
-                values[i] = None if y is None else y.detach().new_empty(0)
+                values[i] = None if y is None else y.new_empty(0)
         ctx.op, ctx.values, ctx.loose, ctx.spent = op, values, loose, False
         return outputs
 

@@ -1,7 +1,7 @@
 """What each `linear_` loss does with the logits of a chunk: values first, then their gradient.
 
-A loss keeps what the caller is to have of every row in `results`, [N, ...] tensors: the labels'
-log-probs first, entropy second ([0] where it is not wanted).
+A loss keeps what the caller is to have of every row in `results`: the labels' log-probs first,
+entropy second.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -31,38 +31,50 @@ class Common(NamedTuple):
     """Whether the rounding of the logits is asked about: `results` end with each row's maximum and
     log_sum then, which are [0] otherwise."""
 
-    def new(self, *shape: int) -> Tensor:
-        """Zeros in the accumulation dtype."""
-        dtype = torch.promote_types(self.head.hidden.dtype, torch.float32)
-        return self.head.hidden.new_zeros(shape, dtype=dtype)
-
-    def results(self, *shapes: tuple[int, ...]) -> list[Tensor]:
+    def results(self, *shapes: tuple[int, ...]) -> "Results":
         """Log-probs, entropy, more of these shapes, maximum and log_sum."""
         n = len(self.head.hidden)
-        statistics = (self.new(n if self.noise else 0) for _ in range(2))
-        return [
-            self.new(n),
-            self.new(n if self.entropy else 0),
-            *(self.new(*shape) for shape in shapes),
-            *statistics,
-        ]
+        entropy, noise = (n if self.entropy else 0,), (n if self.noise else 0,)
+        return Results(self.head.hidden, (n,), entropy, *shapes, noise, noise)
 
-    def keep(self, results: list[Tensor], at: Rows, *parts: Tensor) -> None:
-        """Put each result's part of a chunk."""
-        for result, part in zip(results, parts, strict=True):
+
+class Results:
+    """What the caller is to have of every row, chunk by chunk: tensors of these shapes, [N, ...],
+    in the accumulation dtype of `like` [N, H]; [0] where one is not wanted."""
+
+    def __init__(self, like: Tensor, *shapes: tuple[int, ...]) -> None:
+        self.like, self.shapes = like, shapes
+        self._tensors: list[Tensor] = []
+
+    def all(self) -> list[Tensor]:
+        """The tensors; rows of which no chunk was are 0."""
+        if not self._tensors:
+            dtype = torch.promote_types(self.like.dtype, torch.float32)
+            self._tensors = [self.like.new_zeros(shape, dtype=dtype) for shape in self.shapes]
+        return self._tensors
+
+    def keep(self, at: Rows, *parts: Tensor) -> None:
+        """Take each result's part of a chunk; a chunk of all rows is not copied."""
+        if isinstance(at, slice) and at.stop - at.start == len(self.like):
+            self._tensors = [
+                part.contiguous() if shape[0] else part.new_empty(0)
+                for shape, part in zip(self.shapes, parts, strict=True)
+            ]
+            return
+        for result, part in zip(self.all(), parts, strict=True):
             if len(result):
                 put(result, at, part)
 
 
 class Chunk:
-    """Logits of a few rows, their statistics, and then their gradient."""
+    """Logits of a few rows, their statistics of the words ids [N, K], and then their gradient."""
 
     def __init__(self, common: Common, at: Rows, ids: Tensor, room: Room) -> None:
         head = self.head = common.head
-        self.run, self.ids, self.room = common.run, ids, room
+        self.run, self.ids, self.room = common.run, take(ids, at), room
         self.logits = logits_of(head, take(head.hidden, at), room.logits)
         found = words.scan(
-            self.run, self.logits[None], ids, None, head.rule.scale, common.entropy, head.shard
+            self.run, self.logits[None], self.ids, None, head.rule.scale, common.entropy, head.shard
         )
         self.gathered, self.log_probs, self.maximum, self.log_sum, self.entropy = found
 
@@ -75,25 +87,29 @@ class Chunk:
         """
         z, cap, scale = self.logits, self.head.rule.softcap, self.head.rule.scale
         ids, rounded = self.ids, self.room.gradient(len(z))
-        out = z if cap else rounded
         if self.head.shard.group:
             ids = words.own(self.head.shard, ids, z.shape[1])
-        for rows in slices(z) if cap else [slice(0, len(z))]:
-            kept = z[rows].to(alpha.dtype, copy=True) if cap else None
+        if not cap:
+            self.run.expand(
+                z[None], ids, self.maximum, self.log_sum, self.gathered, None, alpha, beta, scale,
+                rounded[None], gamma,
+            )  # fmt: skip
+            return rounded
+        for rows in slices(z):
+            kept = z[rows].to(alpha.dtype, copy=True)
             self.run.expand(
                 z[None, rows], ids[rows], self.maximum[rows], self.log_sum[rows],
-                self.gathered[rows], None, alpha[rows], beta[rows], scale, out[None, rows],
+                self.gathered[rows], None, alpha[rows], beta[rows], scale, z[None, rows],
                 None if gamma is None else gamma[rows],
             )  # fmt: skip
-            if kept is not None:
-                uncap(rounded[rows], z[rows], kept, cap)
+            uncap(rounded[rows], z[rows], kept, cap)
         return rounded
 
 
 class ChunkLoss(Protocol):
     """A loss over the logits of a head."""
 
-    results: list[Tensor]
+    results: Results
 
     def values(self, at: Rows) -> Tensor:
         """Make a chunk's logits and keep its results; the labels' log-probs [C]."""
@@ -121,10 +137,10 @@ class SampledToken:
     def values(self, at: Rows) -> Tensor:
         c = self.common
         self.at = at
-        self.chunk = Chunk(c, at, take(self.ids, at), self.room)
+        self.chunk = Chunk(c, at, self.ids, self.room)
         self.log_probs = self.chunk.log_probs[:, 0].contiguous()
         chunk = self.chunk
-        c.keep(self.results, at, self.log_probs, chunk.entropy, chunk.maximum, chunk.log_sum)
+        self.results.keep(at, self.log_probs, chunk.entropy, chunk.maximum, chunk.log_sum)
         return self.log_probs
 
     def gradient(self, weights: Tensor, final: bool) -> Tensor:
@@ -144,8 +160,7 @@ class SampledToken:
 
 
 class ListedWords:
-    """`linear_topk_loss`; its third result are the words' log-probs [N, K], or with the
-    renormalised support their logits."""
+    """`linear_topk_loss`; its third result are the words' log-probs [N, K]."""
 
     def __init__(
         self, common: Common, listed: Tensor, teacher: Tensor, present: Tensor, kind: Kind
@@ -154,19 +169,19 @@ class ListedWords:
         self.present, self.kind = present, kind
         first = listed[:, :1] if common.labels is None else common.labels[:, None]
         self.ids = torch.cat([first.to(listed.dtype), listed], 1)
-        self.results = common.results(tuple(listed.shape), tuple(listed.shape))
+        self.results = common.results(tuple(listed.shape))
         self.room = Room(common.head, common.chunk_size)
 
     def values(self, at: Rows) -> Tensor:
         c = self.common
         self.at = at
-        self.chunk = Chunk(c, at, take(self.ids, at), self.room)
+        self.chunk = Chunk(c, at, self.ids, self.room)
         now = self.chunk.log_probs[:, 0].contiguous()
         if c.labels is None:
             now = torch.zeros_like(now)
-        c.keep(
-            self.results, at, now, self.chunk.entropy, self.chunk.log_probs[:, 1:],
-            self.chunk.gathered[:, 1:], self.chunk.maximum, self.chunk.log_sum,
+        self.results.keep(
+            at, now, self.chunk.entropy, self.chunk.log_probs[:, 1:], self.chunk.maximum,
+            self.chunk.log_sum,
         )  # fmt: skip
         return now
 
@@ -208,7 +223,7 @@ class WholeVocabulary:
         losses, log_probs, self.statistics, entropy = c.run.divergence(
             self.logits[None], self.theirs, labels, whole, *self.options, c.entropy
         )
-        c.keep(self.results, at, log_probs, entropy, losses, *self.statistics[:2])
+        self.results.keep(at, log_probs, entropy, losses, *self.statistics[:2])
         kept: Tensor = log_probs
         return kept
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .check import HeadInputs
-from .chunk_losses import Chunk, Common
+from .chunk_losses import Chunk, Common, Results
 from .chunks import Rows, all_rows, chunks, chunks_of_most, longest, take
 from .logits import Room
 from .sums import Needs, Sums
@@ -37,12 +37,12 @@ def scan_head(
         chunk = Chunk(common, rows[0], ids, room)
         return chunk.gathered, chunk.log_probs, chunk.maximum, chunk.log_sum, chunk.entropy
     shapes = (n, k), (n, k), (n,), (n,), (n if with_entropy else 0,)
-    results = [common.new(*shape) for shape in shapes]
+    results = Results(head.hidden, *shapes)
     for at in rows:
-        chunk = Chunk(common, at, take(ids, at), room)
+        chunk = Chunk(common, at, ids, room)
         parts = chunk.gathered, chunk.log_probs, chunk.maximum, chunk.log_sum, chunk.entropy
-        common.keep(results, at, *parts)
-    gathered, log_probs, maximum, log_sum, entropy = results
+        results.keep(at, *parts)
+    gathered, log_probs, maximum, log_sum, entropy = results.all()
     return gathered, log_probs, maximum, log_sum, entropy
 
 
@@ -63,7 +63,7 @@ def expand_head(
     parts = parts_of(valid, len(ids), size)
     room = Room(head, longest(parts))
     for rows in parts:
-        chunk = Chunk(common, rows, take(ids, rows), room)
+        chunk = Chunk(common, rows, ids, room)
         gradient = chunk.gradient(take(alpha, rows), take(beta, rows))
         sums.add(rows, take(head.hidden, rows), gradient)
     return sums.finish()

@@ -75,14 +75,16 @@ class Sums:
     def __init__(self, head: HeadInputs, needs: Needs, later: bool, backend: str) -> None:
         self.head, self.needs, self.backend, self.begun = head, needs, backend, False
         self.tensors = plan(head, needs, later).empty(head.hidden.device)
-        of_hidden, _, rest, of_bias = self.tensors
-        for x in (of_hidden, rest, of_bias):
-            x.zero_()
+        for x in self.tensors[2:]:
+            if x.numel():
+                x.zero_()
 
     def add(self, rows: Rows, hidden: Tensor, gradient: Tensor) -> None:
         """Add a chunk: its rows in the hidden states, hidden [C, H], gradient [C, V]."""
         of_hidden, of_weight, rest, of_bias = self.tensors
         if self.needs.hidden:
+            if not self.begun and not (isinstance(rows, slice) and len(hidden) == len(of_hidden)):
+                of_hidden.zero_()  # where rows are left out
             _product(of_hidden, rows, gradient, self.head.weight)
         if self.needs.weight:
             if of_weight.dtype != gradient.dtype:
@@ -100,6 +102,7 @@ class Sums:
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The sums, all rows added."""
         if not self.begun:
+            self.tensors[0].zero_()
             self.tensors[1].zero_()
         return self.tensors
 

@@ -74,7 +74,7 @@ def walk(
     if rows.per_token or not any(work.needs):
         for at in _Parts(work).any_rows():
             loss.values(at)
-        done = finish(loss.results)
+        done = finish(loss.results.all())
         nothing = plan(work.head, Needs(False, False, False), False).empty(work.valid.device)
         return Walked(done, nothing, torch.ones_like(done.loss))
     many = len(work.valid) > size
@@ -86,14 +86,14 @@ def walk(
     if parts is not None and len(parts) <= 1:
         for at in parts:
             loss.values(at)
-        done = finish(loss.results)
+        done = finish(loss.results.all())
         return _with_known_weights(work, loss, sums, done, parts, again=False)
     if splits and parts is not None:
         return _deferred(work, loss, sums, finish, parts, leaders, known)
     parts = cuts.any_rows()
     for at in parts:
         loss.values(at)
-    return _with_known_weights(work, loss, sums, finish(loss.results), parts, again=True)
+    return _with_known_weights(work, loss, sums, finish(loss.results.all()), parts, again=True)
 
 
 def splits_by_chunk(rows: RowInputs, per_unit: bool) -> bool:
@@ -192,7 +192,7 @@ def _deferred(
         if rows.row_weights is not None:
             weights = weights * take(rows.row_weights, at)
         _add(work, sums, at, loss.gradient(weights, False))
-    done = finish(loss.results)
+    done = finish(loss.results.all())
     row = used.abs().nan_to_num_(0.0).argmax()  # a row that is NaN has no say
     wanted = (done.table[WEIGHT] * done.table[COEFFICIENT]).take(row)  # x[row] would be read
     found = used.take(row)

@@ -270,7 +270,7 @@ def _forward(x: Inputs) -> Tensors:
         return finish(run, x.rows, valid, now, losses, GIVEN, spacing=spacing)
 
     done, sums, factor = walk(work, loss, finished)
-    now, entropy = loss.results[:2]
+    now, entropy = loss.results.all()[:2]
     return (
         done.loss, done.table, done.metrics, done.totals, valid, now, entropy, *sums, factor,
     )  # fmt: skip

@@ -236,7 +236,7 @@ def _forward(x: Inputs) -> Tensors:
         ),
         per_unit=x.position.ratio != "token",
     )
-    log_probs, entropy = loss.results[:2]
+    log_probs, entropy = loss.results.all()[:2]
     return (
         done.loss, done.table, done.metrics, done.totals, valid, log_probs, entropy, *sums, factor,
     )  # fmt: skip

@@ -374,8 +374,8 @@ def _forward(x: Inputs) -> Tensors:
         return done
 
     done, sums, factor = walk(work, loss, finished, known=x.known)
-    now = _where(valid, loss.results[0] if x.known is None else x.known)
-    entropy = loss.results[1]
+    now, entropy = loss.results.all()[:2]
+    now = _where(valid, now if x.known is None else x.known)
     entropy = _where(valid, entropy) if len(entropy) else entropy
     return (
         done.loss, done.table, done.metrics, done.totals, valid, now, entropy, kept[0], words,
