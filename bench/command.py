@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import compare, growth, record, recorded, report
+from .cases import GRIDS
 from .harness import UNREACHED
 from .measure import device_name
 from .names import STEP
@@ -22,11 +23,32 @@ from .record import Result
 
 SUITES = Path(__file__).with_name("suites")
 DRAWING = 2.0  # seconds that the pictures of a suite may take
+BUDGET, BUDGETS = 600.0, {"quick": 60.0}  # seconds; and of grids that have another
 
 
 def suite_names() -> list[str]:
     """Files of bench/suites."""
     return sorted(file.stem.removeprefix("test_") for file in SUITES.glob("test_*.py"))
+
+
+def asked(names: list[str], grid: str | None) -> tuple[list[str], str]:
+    """Suites and grid of the command's words, of which one may be the grid: `bench quick`.
+
+    Raises ValueError where a word is neither, or more than one grid is named.
+    """
+    known = suite_names()
+    grids = [name for name in names if name in GRIDS and name not in known]
+    suites = [name for name in names if name not in grids]
+    if unknown := sorted(set(suites) - set(known)):
+        raise ValueError(
+            f"no suite or grid {', '.join(unknown)}; suites: {', '.join(known)}; "
+            f"grids: {', '.join(GRIDS)}"
+        )
+    if grid is not None and grid not in GRIDS:
+        raise ValueError(f"--grid must be one of {', '.join(GRIDS)}; got {grid!r}")
+    if len(chosen := {*grids, *([grid] if grid else [])}) > 1:
+        raise ValueError(f"one grid at a time; got {', '.join(sorted(chosen))}")
+    return suites or known, (chosen or {"star"}).pop()
 
 
 FIRST = "opd_loss", "linear_opd_loss", "topk_loss", "linear_topk_loss", "full_loss", "host"

@@ -218,15 +218,20 @@ def distill(
 
 @app.command()
 def bench(
-    suites: Annotated[list[str] | None, typer.Argument(help="All, if left out.")] = None,
+    suites: Annotated[
+        list[str] | None, typer.Argument(help="All, if left out; and a grid, as in bench quick.")
+    ] = None,
     device: Device = None,
     grid: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Sizes: targets (README), quick, star, full, growth (64 times the rows)."
+            help="Sizes: targets (README), quick, star (if left out), full, growth (64 times the "
+            "rows)."
         ),
-    ] = "star",
-    budget: Annotated[float, typer.Option(help="Seconds, pictures included.")] = 600,
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds, pictures included: 600, or 60 where quick.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Paired rounds.", min=1)] = 5,
     out: Annotated[Path | None, typer.Option(help="File of the results (JSON).")] = None,
     plots: Annotated[bool, typer.Option(help="Draw pictures beside the results.")] = True,
@@ -243,7 +248,7 @@ def bench(
     """
     begun = time.monotonic() - IMPORTS
     try:
-        from .bench import cases, command
+        from .bench import command
     except ModuleNotFoundError as missing:
         fail(f"bench needs the package {missing.name}: pip install drift-gate[bench]")
     if compare is not None:
@@ -259,14 +264,13 @@ def bench(
         except (OSError, ValueError) as error:
             fail(f"--recorded: {error}")
         return
-    known = command.suite_names()
-    if unknown := set(suites or ()) - set(known):
-        fail(f"no suite {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    if grid not in cases.GRIDS:
-        fail(f"--grid must be one of {', '.join(cases.GRIDS)}; got {grid!r}")
-    options = dict(device=chosen, grid=grid, rounds=rounds, out=out, plots=plots)
-    options["end"] = begun + budget
-    if not command.run(suites or known, **options):
+    try:
+        names, sizes = command.asked(suites or [], grid)
+    except ValueError as error:
+        fail(str(error))
+    seconds = command.BUDGETS.get(sizes, command.BUDGET) if budget is None else budget
+    options = dict(device=chosen, grid=sizes, rounds=rounds, out=out, plots=plots)
+    if not command.run(names, end=begun + seconds, **options):
         raise typer.Exit(1)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from drift_gate.bench import command, floors, profile_loss, record, sweep
+from drift_gate.bench import cases, command, floors, profile_loss, record, sweep
 from drift_gate.bench.harness import load_suite
 from drift_gate.bench.internals import HAS_TRITON
 from typer.testing import CliRunner
@@ -31,6 +31,31 @@ def test_every_suite_has_the_baseline_first_and_no_name_twice():
         assert suite.name == name and len(names) == len(set(names))
         if name not in ("host", "train_step"):  # whose units are others
             assert names[0] == "eager" and "drift_gate" in names
+
+
+def test_a_grid_is_named_as_a_suite_is(monkeypatch):
+    """`bench quick` is `bench --grid quick`, in a minute; no suite has a grid's name."""
+    known = command.suite_names()
+    assert not set(known) & set(cases.GRIDS)
+    asked = {}
+
+    def run(suites: list[str], *, grid: str, end: float, **options: Any) -> bool:
+        asked.update(suites=suites, grid=grid, seconds=end - time.monotonic())
+        return True
+
+    monkeypatch.setattr(command, "run", run)
+    for arguments, suites, grid, seconds in (
+        (["quick"], known, "quick", 60),
+        (["--grid", "quick"], known, "quick", 60),
+        (["quick", "--grid", "quick", "--budget", "90"], known, "quick", 90),
+        (["scan", "full", "rows"], ["scan", "rows"], "full", 600),
+        ([], known, "star", 600),
+    ):
+        done = CliRunner().invoke(cli.app, ["bench", *arguments])
+        assert done.exit_code == 0, done.output
+        assert (asked["suites"], asked["grid"]) == (suites, grid)
+        spent = cli.IMPORTS + 10  # of the budget, before the run: imports count
+        assert seconds - spent < asked["seconds"] <= seconds
 
 
 def test_what_matters_comes_first():
@@ -107,8 +132,10 @@ def test_a_profile_by_operation_adds_up():
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["nonsense"], "no suite nonsense"),
+        (["nonsense"], "no suite or grid nonsense"),
         (["--grid", "huge"], "--grid"),
+        (["quick", "--grid", "star"], "one grid at a time; got quick, star"),
+        (["quick", "full"], "one grid at a time; got full, quick"),
         (["--compare", "a", "b"], "a"),
     ],
 )

@@ -2,7 +2,7 @@
 
 How a teacher is scored. `torch.topk` of the whole logits, without log-probs, stands beside.
 
-    drift-gate bench --grid quick top_k_log_probs linear_top_k_log_probs
+    drift-gate bench quick top_k_log_probs linear_top_k_log_probs
 
 takes under a minute on a GPU.
 """
