@@ -34,10 +34,14 @@ def test_the_page_names_a_test_for_every_promise() -> None:
 
 
 def test_every_report_has_its_answer_and_a_test() -> None:
-    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \| (.+) \|$", REPORTS.read_text(), re.M)
-    assert {int(number) for number, *_ in rows} == set(range(1, 14))
-    for number, *_, tests in rows:
-        assert re.fullmatch(r"`test_\w+\.py::\w+`(, `test_\w+\.py::\w+`)*", tests), number
+    """A line is the situation in bold, what happens now, and after a colon the tests alone."""
+    reports = re.findall(r"^(\d+)\. (.+?)(?=^\d+\. |\Z)", REPORTS.read_text(), re.M | re.S)
+    assert [int(number) for number, _ in reports] == list(range(1, len(reports) + 1))
+    assert len(reports) >= 19
+    test = r"`test_\w+\.py::\w+`"
+    for number, text in reports:
+        line = " ".join(text.split())
+        assert re.fullmatch(rf"\*\*.+?\.\*\* .+: {test}(, {test})*\.", line), number
 
 
 @pytest.mark.parametrize("file, name", sorted(set(named_tests())))
