@@ -217,7 +217,7 @@ def topk_loss(
 def with_masses(output: LossOutput, sizes: Tensor, known: bool) -> LossOutput:
     """The output with the metrics that `masses` gives; `known`: the student's masses are."""
     found = sizes.unbind()
-    values = dict(zip(MASSES, found, strict=False))
+    values = dict(zip(MASSES, found[: len(MASSES)], strict=True))
     if not known:
         del values["student_mass"]
     output.metrics.update(values)
