@@ -136,7 +136,7 @@ def markdown(folder: Path) -> list[str]:
         f"take {products['ms']:.4g} ms; memory is that beyond inputs and gradients.",
         "",
         "| rows a chunk | ms | over the products | GiB |",
-        "|---|---|---|---|",
+        "|---|---:|---:|---:|",
     ]
     for name, row in table.items():
         rows = f"{int(name):,}" if name.isdigit() else name

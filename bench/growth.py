@@ -90,6 +90,6 @@ def markdown(results: Iterable[Result]) -> Iterator[str]:
         )
         yield ""
         yield "| N | " + " | ".join(f"{n:,}" for n in growth.rows) + " |"
-        yield "|---" * (1 + len(growth.rows)) + "|"
+        yield "|---" + "|---:" * len(growth.rows) + "|"
         yield from (f"| {name} | {' | '.join(row)} |" for name, row in cells(growth))
         yield ""

@@ -150,7 +150,7 @@ def markdown(results: Iterable[Result]) -> list[str]:
     lines = []
     for steps in found_in(results):
         lines += [f"{steps.title[:1].upper()}{steps.title[1:]} ({where(steps.machine)}):", ""]
-        lines += [f"| | {' | '.join(HEADINGS)} |", "|---|---|---|---|---|"]
+        lines += [f"| | {' | '.join(HEADINGS)} |", "|---|---:|---:|---:|---:|"]
         lines += [f"| {' | '.join([bar.name, *cells(bar)])} |" for bar in steps.bars]
         lines.append("")
         if steps.left_out:
