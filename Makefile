@@ -116,7 +116,7 @@ $(COMPAT)/.installed: requirements-dev.txt pyproject.toml | .venv/.installed
 	$(PYTHON) -m venv $(COMPAT)
 	grep -vE '^(torch|triton|ruff|mypy|import-linter)==' requirements-dev.txt > $(COMPAT)/requirements.txt
 	$(COMPAT)/bin/python -m pip install torch==$(TORCH) -r $(COMPAT)/requirements.txt
-	$(COMPAT)/bin/python -m pip install --no-deps --ignore-requires-python ttsem==0.1.0
+	$(COMPAT)/bin/python -m pip install --no-deps --ignore-requires-python 'ttsem==0.1.0 ; python_version >= "3.11"'
 	$(COMPAT)/bin/python -m pip install --no-deps 'verl==0.9.1 ; python_version < "3.13"'
 	$(COMPAT)/bin/python -m pip install --no-deps --no-build-isolation -e .
 	touch $@
@@ -145,13 +145,13 @@ clean:  ## remove .venv and everything built
 	rm -rf .venv build dist site *.egg-info drift_gate/passes/native/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# ttsem asks for Python 3.12, and runs on less.
+# ttsem asks for Python 3.12, and runs on 3.11; on 3.10 the kernels run interpreted alone.
 .venv/.installed: requirements-dev.txt pyproject.toml setup.py $(wildcard drift_gate/passes/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
 	  || { echo 'drift_gate needs Python 3.10 to 3.13: make PYTHON=python3.12 ...' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) -r requirements-dev.txt
-	$(PIP_INSTALL) --no-deps --ignore-requires-python ttsem==0.1.0
+	$(PIP_INSTALL) --no-deps --ignore-requires-python 'ttsem==0.1.0 ; python_version >= "3.11"'
 	$(PIP_INSTALL) --no-deps 'verl==0.9.1 ; python_version < "3.13"'
 	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	touch $@

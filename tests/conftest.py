@@ -2,7 +2,7 @@
 
 DRIFT_GATE_KERNELS says how they run on a machine without a GPU:
 
-    ttsem       execute the compiled TTIR, checked (the default; needs ttsem and Triton 3.7)
+    ttsem       execute the compiled TTIR, checked (the default: ttsem, Triton 3.7, Python 3.11)
     interpret   Triton's interpreter, checked; on the CPU even where there is a GPU
     off         not at all: tests that need them are skipped
 

@@ -1,10 +1,13 @@
 """Run Triton launches on CPU tensors by executing their real TTIR with `ttsem`, checked.
 
-Import only where ttsem is installed (Triton 3.7 and later) and TRITON_INTERPRET is not set.
+Import only where ttsem is installed (Triton 3.7 and Python 3.11 or later) and TRITON_INTERPRET is
+not set.
 """
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +26,8 @@ from drift_gate.fuzz.memory import nan_filled_memory
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
     raise ImportError(f"ttsem needs Triton 3.7 or later, not {triton.__version__}")
+if sys.version_info < (3, 11):  # it adds notes to exceptions
+    raise ImportError(f"ttsem needs Python 3.11 or later, not {platform.python_version()}")
 
 
 @contextmanager
