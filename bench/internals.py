@@ -7,7 +7,7 @@ call it here, so that a change inside the package is followed in this file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -63,9 +63,17 @@ def recorded_passes(x: Tensor) -> Iterator[None]:
         yield
 
 
-def triton_on_cpu() -> AbstractContextManager[None]:
-    """Let backend="triton" take CPU tensors."""
-    return backends.triton_on_cpu()
+@contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """Let backend="triton" take CPU tensors, and check no values, as on a GPU."""
+    run = backends.passes_of("triton")
+    valid_rows, topk_support = run.valid_rows, run.topk_support
+    unread = {
+        "valid_rows": lambda *given: valid_rows(*given[:-1], False),
+        "topk_support": lambda *given: topk_support(*given[:-2], False, False),
+    }
+    with backends.triton_on_cpu(), mock.patch.multiple(run, **unread):
+        yield
 
 
 def chunk_rows(vocab: int, device: torch.device) -> int:
