@@ -86,7 +86,7 @@ def _expand(
     maximum,  # [N] float32
     log_sum,  # [N] float32
     valid,  # [N] uint8, or None
-    alpha,  # [N] float32
+    alpha,  # [N] float32, or None: 0, and neither logits nor statistics are read
     beta,  # [N, 1] float32
     gamma,  # [N] float32, or None
     stride_batch,
@@ -121,17 +121,20 @@ def _expand(
     live = True
     if valid is not None:
         live = tl.load(valid + row) != 0
-    weight = tl.where(live, tl.load(alpha + row), 0.0)
-    lean = None
+    weight, top, log_s, z, lean = 0.0, 0.0, 0.0, 0.0, None
+    if alpha is not None:
+        weight = tl.where(live, tl.load(alpha + row), 0.0)
+        top = tl.load(maximum + row)
+        log_s = tl.load(log_sum + row)
     if gamma is not None:
         lean = tl.where(live, tl.load(gamma + row), 0.0)
-    top = tl.load(maximum + row)
-    log_s = tl.load(log_sum + row)
     target = 0.0
     target_column = -1
     if ids is not None:
         b = tl.where(live, tl.load(beta + row), 0.0)
-        target = _entry(tl.load(gathered + row), b, top, log_s, weight, lean, scale)
+        if alpha is not None:
+            z = tl.load(gathered + row)
+        target = _entry(z, b, top, log_s, weight, lean, scale)
         column = tl.load(ids + row)
         known = (column >= 0) & (column < vocab)
         target_column = tl.where(known, column, -1).to(tl.int32) + shift
@@ -163,7 +166,7 @@ def _entries(
     maximum,  # [N] float32
     log_sum,  # [N] float32
     valid,  # [N] uint8, or None
-    alpha,  # [N] float32
+    alpha,  # [N] float32, or None: 0, and of the others beta alone is read
     beta,  # [N, K] float32
     gamma,  # [N] float32, or None
     stride_batch,
@@ -185,16 +188,19 @@ def _entries(
     if valid is not None:
         live = tl.load(valid + row) != 0
     offset = (row // length) * stride_batch + (row % length) * stride_row
-    weight = tl.load(alpha + row)
-    lean = None
+    weight, top, log_s, lean = 0.0, 0.0, 0.0, None
+    if alpha is not None:
+        weight = tl.load(alpha + row)
+        top = tl.load(maximum + row)
+        log_s = tl.load(log_sum + row)
     if gamma is not None:
         lean = tl.load(gamma + row)
-    top = tl.load(maximum + row)
-    log_s = tl.load(log_sum + row)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         column = tl.load(ids + row * K + k, mask=k < K, other=-1)
-        z = tl.load(gathered + row * K + k, mask=k < K, other=0.0)
+        z = tl.zeros([BLOCK_K], tl.float32)
+        if alpha is not None:
+            z = tl.load(gathered + row * K + k, mask=k < K, other=0.0)
         b = tl.zeros([BLOCK_K], tl.float32)
         for other in range(0, K, PEERS):  # an id listed twice receives both betas
             j = other + tl.arange(0, PEERS)
@@ -210,11 +216,11 @@ def _entries(
 def expand(
     logits: Tensor,  # [B, T, V] bfloat16, float16 or float32; last dimension contiguous
     ids: Tensor,  # [N, K] int32 or int64, contiguous
-    maximum: Tensor,  # [N] float32, from scan, as the next two
-    log_sum: Tensor,  # [N] float32
-    gathered: Tensor,  # [N, K] float32
+    maximum: Tensor | None,  # [N] float32, from scan, as the next two; None where alpha is
+    log_sum: Tensor | None,  # [N] float32
+    gathered: Tensor | None,  # [N, K] float32
     valid: Tensor | None,  # [N] bool
-    alpha: Tensor,  # [N] float32: d loss / d logsumexp
+    alpha: Tensor | None,  # [N] float32: d loss / d logsumexp; None: 0, and so is gamma
     beta: Tensor,  # [N, K] float32: d loss / d z[ids]
     scale: float,  # 1 / temperature
     out: Tensor,  # [B, T, V] any float dtype, any outer strides; may be logits

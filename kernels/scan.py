@@ -6,6 +6,8 @@ For a row z = scale * logits[row] and ids i_1 .. i_K:
     gathered_k = z[i_k]                 log_probs_k = scale * (logits[i_k] - max logits) - log_sum
     entropy = log_sum - sum_v p_v (z_v - maximum)
 
+and where a row has a label beside its list, the label's log-prob.
+
 `maximum` and `log_sum` stay apart: subtracting their rounded sum from a large logit loses digits.
 So do large products with the scale, which come after the difference where both are at hand.
 
@@ -85,8 +87,10 @@ def _finish(
     total,
     moment,
     ids,
+    labels,
     gathered,
     log_probs,
+    of_labels,
     maximum_out,
     log_sum_out,
     entropy_out,
@@ -102,6 +106,11 @@ def _finish(
     if entropy_out is not None:
         entropy = log_sum - scale * moment / total
         tl.store(entropy_out + row, tl.where(live, entropy, 0.0))
+    if labels is not None:
+        label = tl.load(labels + row)
+        known = (label >= 0) & (label < vocab) & live
+        x = tl.load(row_logits + label, mask=known, other=float("nan")).to(tl.float32)
+        tl.store(of_labels + row, tl.where(live, (x - maximum) * scale - log_sum, 0.0))
     k = tl.arange(0, BLOCK_K)
     _store_entries(
         row_logits, row, live, column, k, maximum, log_sum, gathered, log_probs, vocab, scale, K
@@ -118,9 +127,11 @@ def _finish(
 def _scan(
     logits,  # [B, T, V] any float dtype, last dimension contiguous
     ids,  # [N, K] int32 or int64
+    labels,  # [N] int32 or int64, or None
     valid,  # [N] uint8, or None
     gathered,  # [N, K] float32 out
     log_probs,  # [N, K] float32 out
+    of_labels,  # [N] float32 out: log-probs of the labels
     maximum_out,  # [N] float32 out
     log_sum_out,  # [N] float32 out
     entropy_out,  # [N] float32 out, or None
@@ -191,8 +202,8 @@ def _scan(
     top, row_total, row_moment = _reduce(maximum, total, moment, scale_log2)
     if SPLITS == 1:
         _finish(
-            logits + offset, row, live, column, top, row_total, row_moment, ids, gathered,
-            log_probs, maximum_out, log_sum_out, entropy_out, vocab, scale, K, BLOCK_K,
+            logits + offset, row, live, column, top, row_total, row_moment, ids, labels, gathered,
+            log_probs, of_labels, maximum_out, log_sum_out, entropy_out, vocab, scale, K, BLOCK_K,
         )  # fmt: skip
     else:
         tl.store(partials + row * SPLITS + split, top)
@@ -204,9 +215,11 @@ def _scan(
 def _combine(
     logits,  # [B, T, V]
     ids,  # [N, K]
+    labels,  # [N], or None
     valid,  # [N] uint8, or None
     gathered,  # [N, K] out
     log_probs,  # [N, K] out
+    of_labels,  # [N] out
     maximum_out,  # [N] out
     log_sum_out,  # [N] out
     entropy_out,  # [N] out, or None
@@ -235,8 +248,8 @@ def _combine(
     moment = tl.load(partials + (row + 2 * n_rows) * SPLITS + split)
     top, row_total, row_moment = _reduce(maximum, total, moment, scale * LOG2_E_)
     _finish(
-        logits + offset, row, live, column, top, row_total, row_moment, ids, gathered, log_probs,
-        maximum_out, log_sum_out, entropy_out, vocab, scale, K, BLOCK_K,
+        logits + offset, row, live, column, top, row_total, row_moment, ids, labels, gathered,
+        log_probs, of_labels, maximum_out, log_sum_out, entropy_out, vocab, scale, K, BLOCK_K,
     )  # fmt: skip
 
 
@@ -261,6 +274,29 @@ def scan(
     All float32. Rows that are not valid are not read and give 0. An id outside the vocabulary is
     not read and gives NaN.
     """
+    return _read(logits, ids, None, valid, scale, with_entropy)[:5]
+
+
+def scan_lists(
+    logits: Tensor,
+    labels: Tensor,  # [N] int32 or int64, contiguous
+    ids: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`scan`, and the labels' log-probs [N]; a label outside the vocabulary gives NaN."""
+    return _read(logits, ids, labels, valid, scale, with_entropy)
+
+
+def _read(
+    logits: Tensor,
+    ids: Tensor,
+    labels: Tensor | None,
+    valid: Tensor | None,
+    scale: float,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, length, vocab = logits.shape
     rows, k = ids.shape
     vector = vector_width(logits)
@@ -272,16 +308,18 @@ def scan(
     gathered, log_probs = torch.empty(rows, k, **new), torch.empty(rows, k, **new)
     maximum, log_sum = torch.empty(rows, **new), torch.empty(rows, **new)
     entropy = torch.empty(rows if with_entropy else 0, **new)
+    of_labels = maximum if labels is None else torch.empty(rows, **new)
     partials = torch.empty(3, rows, splits, **new) if splits > 1 else None
     if rows:
         arguments = (
-            logits, ids, None if valid is None else valid.view(torch.uint8),
-            gathered, log_probs, maximum, log_sum, entropy if with_entropy else None, partials,
-            *logits.stride()[:2], rows, length, vocab, scale,
+            logits, ids, labels, None if valid is None else valid.view(torch.uint8), gathered,
+            log_probs, None if labels is None else of_labels, maximum, log_sum,
+            entropy if with_entropy else None, partials, *logits.stride()[:2], rows, length, vocab,
+            scale,
         )  # fmt: skip
         options = dict(K=k, BLOCK_K=min(power_of_2(k), 256), SPLITS=splits)
         tile["ALIGNED"] = is_aligned(logits, vector)
         launch(_scan, (rows * splits,), *arguments, **options, **tile, num_warps=warps)
         if splits > 1:
             launch(_combine, (rows,), *arguments, **options, num_warps=1)
-    return gathered, log_probs, maximum, log_sum, entropy
+    return gathered, log_probs, maximum, log_sum, entropy, of_labels

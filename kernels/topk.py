@@ -1,4 +1,4 @@
-"""`topk_support`: which listed words count. `topk_rows`: divergence over them, and its slope.
+"""The words of a teacher's lists: which count, divergence over them and its slope, their masses.
 
 With log p and log q of the listed words (both softmaxed over the list where it is "renormalized"),
 and a mixture m = beta q + (1 - beta) p,
@@ -16,7 +16,7 @@ mass. The slope in the scores is then
     truncated     g + c p       in the log-probs, c: what was left out of g
     tail          g - p h             in the log-probs, h = dL/dp of the bucket, 1 - sum p
 
-A word listed twice counts once, where it stands first. Row data: one launch each, O(N K) bytes.
+A word listed twice counts once, where it stands first. One launch each, O(N K) bytes.
 """
 
 import torch
@@ -107,9 +107,10 @@ def _topk_support(
     ids,  # [N, K] int32 or int64
     teacher,  # [N, K] float32
     valid,  # [N] uint8
+    words,  # [N, K] out, as ids: those of the entries present, else 0
     present,  # [N, K] uint8 out: listed, with mass, and not listed before
     supported,  # [N] uint8 out: valid, and something is present
-    parts,  # [2, programs] float32 out, see `_sum_counts`; [2] where one program has all rows
+    parts,  # [2, programs] float32 out: valid rows without support, duplicate entries in them
     n_rows,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -137,6 +138,7 @@ def _topk_support(
     twice = here & (repeats != 0)
     here = here & (repeats == 0)
     some = tl.max(here.to(tl.int32), 1) != 0
+    tl.store(words + start + k, tl.where(here, id, 0), mask=listed)
     tl.store(present + start + k, here.to(tl.uint8), mask=listed)
     tl.store(supported + row, (live & some).to(tl.uint8), mask=inside)
     program = tl.program_id(0)
@@ -147,20 +149,30 @@ def _topk_support(
 
 
 @triton.jit
-def _sum_counts(
-    parts,  # [2, programs] float32: valid rows without support, duplicate entries in valid rows
-    counts,  # [2] float32 out
+def _masses(
+    rows,  # [4, N] float32 from `_topk_rows`; the first is passed over
+    tokens,  # [] float32: valid rows
+    counts,  # [2, programs] float32 from `_topk_support`
+    out,  # [5] float32: means of the rows over the valid ones, and the counts
+    n_rows,
     programs,
     WIDTH: tl.constexpr,
 ):
     lane = tl.arange(0, WIDTH)
+    over = tl.maximum(tl.load(tokens), 1.0)
+    for which in tl.static_range(3):
+        total = tl.zeros([WIDTH], tl.float32)
+        row = rows + (which + 1) * n_rows
+        for at in range(0, n_rows, WIDTH):
+            total += tl.load(row + at + lane, mask=at + lane < n_rows, other=0.0)
+        tl.store(out + which, tl.sum(total, 0) / over)
     for which in tl.static_range(2):
-        total = tl.zeros([WIDTH], tl.int32)
+        count = tl.zeros([WIDTH], tl.int32)
         for at in range(0, programs, WIDTH):
             inside = at + lane < programs
-            x = tl.load(parts + which * programs + at + lane, mask=inside, other=0.0)
-            total += x.to(tl.int32)
-        tl.store(counts + which, tl.sum(total, 0).to(tl.float32))
+            x = tl.load(counts + which * programs + at + lane, mask=inside, other=0.0)
+            count += x.to(tl.int32)
+        tl.store(out + 3 + which, tl.sum(count, 0).to(tl.float32))
 
 
 @triton.jit
@@ -237,10 +249,10 @@ def topk_support(
     ids: Tensor,  # [N, K] int32 or int64
     teacher: Tensor,  # [N, K] float32
     valid: Tensor,  # [N] bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (present [N, K] bool, supported [N] bool, counts [2] float32).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (words [N, K] as ids, present [N, K] bool, supported [N] bool, counts float32).
 
-    counts: valid rows without support, duplicate entries in valid rows. At most LONGEST entries.
+    counts: [2, programs], to be summed, see `masses`. At most LONGEST entries.
     """
     n_rows, k = ids.shape
     block_k = power_of_2(k)
@@ -248,22 +260,17 @@ def topk_support(
     per_program = max(1, PAIRS // (block_k * before))
     programs = ceil_div(n_rows, per_program)
     warps = 4 if block_k <= 1024 else 16
-    flags = torch.empty(n_rows * (k + 1), dtype=torch.bool, device=ids.device)
-    counts = torch.empty(2 + 2 * programs, dtype=torch.float32, device=ids.device)
-    present, supported = flags.split_with_sizes([n_rows * k, n_rows])
-    if programs > 1:
-        counts, parts = counts.split_with_sizes([2, 2 * programs])
-    else:
-        counts = parts = counts[:2] if n_rows else counts.zero_()
+    words = torch.empty_like(ids)
+    present = torch.empty(n_rows, k, dtype=torch.bool, device=ids.device)
+    supported = torch.empty(n_rows, dtype=torch.bool, device=ids.device)
+    counts = torch.empty(2, programs, dtype=torch.float32, device=ids.device)
     if n_rows:
         launch(
-            _topk_support, (programs,), ids, teacher, valid.view(torch.uint8),
-            present.view(torch.uint8), supported.view(torch.uint8), parts, n_rows,
+            _topk_support, (programs,), ids, teacher, valid.view(torch.uint8), words,
+            present.view(torch.uint8), supported.view(torch.uint8), counts, n_rows,
             K=k, ROWS=per_program, BLOCK_K=block_k, BEFORE=before, num_warps=warps,
         )  # fmt: skip
-    if programs > 1:
-        launch(_sum_counts, (1,), parts, counts, programs, WIDTH=1024, num_warps=4)
-    return present.view(n_rows, k), supported, counts
+    return words, present, supported, counts
 
 
 def topk_rows(
@@ -278,9 +285,8 @@ def topk_rows(
 ) -> tuple[Tensor, Tensor]:
     """Return (rows [4, N]: loss, student mass, teacher mass, overlap; slope [N, K]), float32."""
     n_rows, k = scores.shape
-    memory = torch.empty(n_rows * (4 + k), dtype=torch.float32, device=scores.device)
-    rows, slope = memory.split_with_sizes([4 * n_rows, n_rows * k])
-    rows, slope = rows.view(4, n_rows), slope.view(n_rows, k)
+    rows = torch.empty(4, n_rows, dtype=torch.float32, device=scores.device)
+    slope = torch.empty(n_rows, k, dtype=torch.float32, device=scores.device)
     if direction in ("jsd", "mixed") and beta in (0, 1):
         direction = "forward" if (beta == 0) == (direction == "jsd") else "reverse"
     block_k = power_of_2(k)
@@ -293,3 +299,19 @@ def topk_rows(
             ROWS=per_program, BLOCK_K=block_k, num_warps=4,
         )  # fmt: skip
     return rows, slope
+
+
+def masses(
+    rows: Tensor,  # [4, N] float32 from `topk_rows`
+    tokens: Tensor,  # [] float32: valid rows
+    counts: Tensor,  # [2, programs] float32 from `topk_support`
+) -> Tensor:
+    """[5] float32: means over the valid rows of the last three rows, and the sums of the counts."""
+    n_rows, programs = rows.shape[1], counts[0].numel()
+    out = torch.empty(5, dtype=torch.float32, device=rows.device)
+    width = min(1024, max(128, power_of_2(n_rows)))
+    launch(
+        _masses, (1,), rows, tokens, counts, out, n_rows, programs, WIDTH=width,
+        num_warps=width // 128,
+    )  # fmt: skip
+    return out

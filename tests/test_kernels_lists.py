@@ -12,6 +12,8 @@ from support.launches import record_launches, refused
 from support.numerics import assert_as_good_as
 from torch import Tensor
 
+from drift_gate.passes import torch as plain
+
 DIRECTIONS = [
     ("reverse", 0.5), ("forward", 0.5), ("jsd", 0.3), ("jsd", 0), ("jsd", 1.0),
     ("mixed", 0.5), ("mixed", 0.9), ("mixed", 0.0), ("mixed", 1),
@@ -136,28 +138,39 @@ def test_support(kernels_on_cpu, dtype, k, pairs, monkeypatch):
         ids[8, 0], ids[8, 1] = 2**32, 0  # differ in the upper half alone
     got = kernels.topk_support(*(x.to(kernels_on_cpu) for x in (ids, teacher, valid)))
     present, supported, counts = expected_support(ids, teacher, valid)
-    assert torch.equal(got[0].cpu(), present)
-    assert torch.equal(got[1].cpu(), supported)
-    assert got[2].tolist() == counts
+    assert torch.equal(got[0].cpu(), ids.where(present, 0))
+    assert torch.equal(got[1].cpu(), present)
+    assert torch.equal(got[2].cpu(), supported)
+    assert got[3].sum(1).tolist() == counts
 
 
 def test_support_of_no_rows(kernels_on_cpu):
     ids = torch.zeros(0, 4, dtype=torch.int64, device=kernels_on_cpu)
-    present, supported, counts = kernels.topk_support(ids, ids.float(), ids[:, 0] > 0)
-    assert present.shape == (0, 4) and supported.shape == (0,)
-    assert counts.tolist() == [0, 0]
+    words, present, supported, counts = kernels.topk_support(ids, ids.float(), ids[:, 0] > 0)
+    assert words.shape == present.shape == (0, 4) and supported.shape == (0,)
+    rows, tokens = torch.zeros(4, 0), torch.zeros(())
+    found = kernels.masses(rows.to(kernels_on_cpu), tokens.to(kernels_on_cpu), counts)
+    assert found.tolist() == [0] * 5
 
 
-def test_launches(kernels_on_cpu, monkeypatch):
-    ids = torch.arange(4, device=kernels_on_cpu).expand(12, 4).contiguous()
-    masses, valid = -ids.float(), ids[:, 0] == 0
-    for pairs, expected_names in (
-        (2048, ["_topk_support"]), (64, ["_topk_support", "_sum_counts"]),
-    ):  # fmt: skip
-        monkeypatch.setattr(kernels, "PAIRS", pairs)
+# One tile and a part of it; several, whose last is a part; more counts than a tile has.
+@pytest.mark.parametrize(("n", "programs"), [(1, 1), (200, 3), (2500, 1030)])
+def test_masses(kernels_on_cpu, n, programs):
+    generator = torch.Generator().manual_seed(n)
+    rows = torch.rand(4, n, generator=generator)
+    rows[0] = torch.nan  # the losses, which are no mass
+    counts = torch.randint(5, (2, programs), generator=generator).float()
+    for tokens in (0.0, float(n)):
+        given = rows, torch.tensor(tokens), counts
         with record_launches() as launches:
-            kernels.topk_support(ids, masses, valid)
-        assert [launch.name for launch in launches] == expected_names
+            got = kernels.masses(*(x.to(kernels_on_cpu) for x in given))
+        expected = plain.masses(rows.double(), given[1], counts.sum(1))
+        torch.testing.assert_close(got.cpu(), expected.float(), rtol=1e-6, atol=0)
+        assert len(launches) == 1
+    rows[2, -1] = torch.nan
+    assert kernels.masses(*(x.to(kernels_on_cpu) for x in given)).isnan().tolist() == [
+        False, True, False, False, False,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

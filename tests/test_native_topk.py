@@ -258,7 +258,7 @@ def test_unknown_options_raise():
 
 
 def by_hand(ids, teacher, valid):
-    """present, supported and counts, word by word."""
+    """Words, present, supported and counts, word by word."""
     present = torch.zeros_like(ids, dtype=torch.bool)
     again = 0
     for row in range(len(ids)):
@@ -271,7 +271,8 @@ def by_hand(ids, teacher, valid):
             present[row, k] = word not in seen
             seen.add(word)
     supported = present.any(-1)
-    return present, supported, torch.tensor([float((valid & ~supported).sum()), float(again)])
+    counts = torch.tensor([float((valid & ~supported).sum()), float(again)])
+    return ids.where(present, 0), present, supported, counts
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -296,8 +297,8 @@ def test_supports_of_distinct_words_as_in_torch():
     ids = torch.stack([torch.randperm(5000, generator=generator) for _ in range(6)])[:, :4096]
     teacher, valid = torch.randn(6, 4096), torch.tensor([True, False, True, True, True, False])
     ids[2, :9], teacher[3] = -1, -inf
-    present, supported, counts = native.topk_support(ids, teacher, valid, 5000, True, True)
-    expected, also, counted = plain.topk_support(ids, teacher, valid, 5000, True, True)
+    _, present, supported, counts = native.topk_support(ids, teacher, valid, 5000, True, True)
+    _, expected, also, counted = plain.topk_support(ids, teacher, valid, 5000, True, True)
     assert torch.equal(present, expected & valid[:, None]) and torch.equal(supported, also)
     assert counts.tolist() == counted.tolist() == [1, 0]
 
@@ -328,7 +329,7 @@ def test_no_rows_and_no_words():
     for n, k in ((0, 4), (3, 0)):
         ids, scores = torch.zeros(n, k, dtype=torch.int64), torch.zeros(n, k)
         on = torch.ones(n, dtype=torch.bool)
-        present, supported, counts = native.topk_support(ids, scores, on, 9, True, True)
+        _, present, supported, counts = native.topk_support(ids, scores, on, 9, True, True)
         assert present.shape == (n, k) and not supported.any() and counts.tolist() == [n, 0]
         for direction, support in KINDS:
             rows, slope = native.topk_rows(

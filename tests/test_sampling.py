@@ -161,11 +161,11 @@ def test_logits_of_other_words_are_not_read(backend, monkeypatch):
     """Of rows that are not measured: the loss is a function of the list there."""
     scanned = []
 
-    def counted(run, logits, ids, valid, *rest):
+    def counted(run, logits, labels, ids, valid, *rest):
         scanned.append(int(valid.sum()))
-        return words.scan(run, logits, ids, valid, *rest)
+        return words.scan_lists(run, logits, labels, ids, valid, *rest)
 
-    monkeypatch.setattr(topk, "scan", counted)
+    monkeypatch.setattr(topk, "scan_lists", counted)
     problem = draw(*SHAPE, 50)
     log_q, ids = torch.randn(*SHAPE, 50).log_softmax(-1).topk(5)
     gate = DriftGate(sample_every=8)

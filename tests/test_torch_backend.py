@@ -335,7 +335,8 @@ def test_topk_support() -> None:
     teacher[1, 0] = -INF  # the second 7 is the first that is there
     teacher[2, 2:] = -INF
     valid = torch.tensor([True, True, True, False])
-    present, supported, counts = passes.topk_support(ids, teacher, valid, 8, True, False)
+    words, present, supported, counts = passes.topk_support(ids, teacher, valid, 8, True, False)
+    assert words.tolist() == [[4, 2, 0, 0], [0, 7, 0, 1], [0] * 4, [5, 0, 0, 0]]
     assert present.tolist() == [
         [True, True, False, False],
         [False, True, False, True],

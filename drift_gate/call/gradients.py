@@ -15,11 +15,11 @@ def expand(
     backend: str,
     logits: Tensor,  # [B, T, V]
     ids: Tensor,  # [N, K], counted from the first of all ranks' words
-    maximum: Tensor,  # [N], from scan, as the next two
-    log_sum: Tensor,  # [N]
-    gathered: Tensor,  # [N, K]
+    maximum: Tensor | None,  # [N], from scan, as the next two; None where alpha is
+    log_sum: Tensor | None,  # [N]
+    gathered: Tensor | None,  # [N, K]
     valid: Tensor | None,  # [N]
-    alpha: Tensor,  # [N]
+    alpha: Tensor | None,  # [N]; None: 0, and so is gamma
     beta: Tensor,  # [N, K]
     scale: float,
     shard: Shard,

@@ -49,7 +49,7 @@ class Listed(NamedTuple):
     words: Tensor  # [N, K]; 0 where missing
     present: Tensor  # [N, K] bool
     valid: Tensor  # [N] rows that are valid and list anything
-    counts: Tensor  # [2]: valid rows that list nothing, and words listed again
+    counts: Tensor  # [2], or [2, ...] to be summed: valid rows that list nothing, and words again
 
 
 @arguments.remembered
@@ -134,10 +134,9 @@ def listed(run: Any, lists: Lists, valid: Tensor, vocab: int, check: bool) -> Li
     ids = lists.ids
     if lists.ignore_unknown:
         ids = torch.where(ids < vocab, ids, -1)
-    present, supported, counts = run.topk_support(
-        ids, lists.teacher, valid, vocab, check, lists.check_duplicates
+    return Listed(
+        *run.topk_support(ids, lists.teacher, valid, vocab, check, lists.check_duplicates)
     )
-    return Listed(torch.where(present, ids, 0), present, supported, counts)
 
 
 def check_lists(ranks: Meeting, call: Call, lists: Lists) -> None:
@@ -218,17 +217,17 @@ MASSES = "student_mass", "teacher_mass", "overlap", "without_support", "duplicat
 
 
 def masses(
-    rows: Tensor, tokens: Tensor, counts: Tensor, read: Tensor | None, entropy: Tensor
+    run: Any, rows: Tensor, tokens: Tensor, counts: Tensor, read: Tensor | None, entropy: Tensor
 ) -> Tensor:
     """The metrics MASSES of a loss over lists, [5]; tokens []: the valid rows.
 
     read [N] bool: the valid rows of which more is known than their list, where these are not all:
     then [6], the last the mean of their entropy [N] (or [0]).
     """
-    means = rows[1:].sum(-1).div_(tokens.clamp(min=1))
+    found: Tensor = run.masses(rows, tokens, counts)
     if read is None:
-        return torch.cat([means, counts.to(means.dtype)])
+        return found
     over = read.sum().clamp(min=1)
-    means[0] = torch.where(read, rows[1], 0).sum() / over
-    total = torch.where(read, entropy, 0).sum() if len(entropy) else torch.zeros_like(means[0])
-    return torch.cat([means, counts.to(means.dtype), (total / over)[None]])
+    found[0] = torch.where(read, rows[1], 0).sum() / over
+    total = torch.where(read, entropy, 0).sum() if len(entropy) else torch.zeros_like(found[0])
+    return torch.cat([found, (total / over)[None]])

@@ -67,16 +67,21 @@ class Results:
 
 
 class Chunk:
-    """Logits of a few rows, their statistics of the words ids [N, K], and then their gradient."""
+    """Logits of a few rows, their statistics of the words ids [N, K] (and labels [N]), and then
+    their gradient."""
 
-    def __init__(self, common: Common, at: Rows, ids: Tensor, room: Room) -> None:
+    def __init__(
+        self, common: Common, at: Rows, ids: Tensor, room: Room, labels: Tensor | None = None
+    ) -> None:
         head = self.head = common.head
         self.run, self.ids, self.room = common.run, take(ids, at), room
         self.logits = logits_of(head, take(head.hidden, at), room.logits)
-        found = words.scan(
-            self.run, self.logits[None], self.ids, None, head.rule.scale, common.entropy, head.shard
-        )
-        self.gathered, self.log_probs, self.maximum, self.log_sum, self.entropy = found
+        theirs = None if labels is None else take(labels, at)
+        self.found = words.scan_lists(
+            self.run, self.logits[None], theirs, self.ids, None, head.rule.scale, common.entropy,
+            head.shard,
+        )  # fmt: skip
+        self.gathered, self.log_probs, self.maximum, self.log_sum, self.entropy, _ = self.found
 
     def gradient(self, alpha: Tensor, beta: Tensor, gamma: Tensor | None = None) -> Tensor:
         """[C, V]: d loss / d (hidden W^T + bias) from alpha [C], beta [C, K] and gamma [C]; the

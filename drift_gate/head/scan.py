@@ -23,8 +23,10 @@ def scan_head(
     with_entropy: bool,
     size: int,
     most: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """gathered and log_probs [N, K], maximum and log_sum [N], entropy [N] or [0]; valid None: all.
+    labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """gathered and log_probs [N, K], maximum and log_sum [N], entropy [N] or [0], and the labels'
+    log-probs [N] or None; valid None: all.
 
     size: rows whose logits exist at a time. most: how many rows are valid at most, if that is
     known: then nothing is read, and rows that are not valid may have results as well.
@@ -34,16 +36,14 @@ def scan_head(
     rows = parts_of(valid, n, size, most)
     room = Room(head, longest(rows))
     if len(rows) == 1 and isinstance(rows[0], slice):  # all of them
-        chunk = Chunk(common, rows[0], ids, room)
-        return chunk.gathered, chunk.log_probs, chunk.maximum, chunk.log_sum, chunk.entropy
+        return Chunk(common, rows[0], ids, room, labels).found
     shapes = (n, k), (n, k), (n,), (n,), (n if with_entropy else 0,)
-    results = Results(head.hidden, *shapes)
+    results = Results(head.hidden, *shapes, (0 if labels is None else n,))
     for at in rows:
-        chunk = Chunk(common, at, ids, room)
-        parts = chunk.gathered, chunk.log_probs, chunk.maximum, chunk.log_sum, chunk.entropy
-        results.keep(at, *parts)
-    gathered, log_probs, maximum, log_sum, entropy = results.all()
-    return gathered, log_probs, maximum, log_sum, entropy
+        *parts, of_labels = Chunk(common, at, ids, room, labels).found
+        results.keep(at, *parts, parts[2] if of_labels is None else of_labels)
+    gathered, log_probs, maximum, log_sum, entropy, kept = results.all()
+    return gathered, log_probs, maximum, log_sum, entropy, None if labels is None else kept
 
 
 def expand_head(

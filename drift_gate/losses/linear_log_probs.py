@@ -115,7 +115,7 @@ def _forward(x: LogProbs) -> Tensors:
     valid = run.valid_rows(
         labels, None, x.ignore_index, x.shard.total, None, len(labels), labels.device, check
     )
-    _, found, _, _, entropy = scan_head(
+    _, found, _, _, entropy, _ = scan_head(
         run, head_inputs(x), labels[:, None], _left_out(x, valid), x.entropy, x.rule.scan_size
     )
     return found.view(x.labels.shape), entropy, valid
@@ -234,7 +234,7 @@ def _forward_lse(x: Listed) -> Tensors:
     shape = x.ids.shape
     ids = x.ids.view(-1, shape[-1])
     check_ids(ids, None, x.shard.total)
-    z, _, maximum, log_sum, _ = scan_head(
+    z, _, maximum, log_sum, *_ = scan_head(
         passes_of(x.backend), head_inputs(x), ids, None, False, x.rule.scan_size
     )
     return z.view(shape), (maximum + log_sum).view(shape[:-1])

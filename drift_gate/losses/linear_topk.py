@@ -290,8 +290,6 @@ def _forward_sparse(x: Inputs) -> Tensors:
             x, head, words, valid, measured
         )
         now = _where(valid, now if x.known is None else x.known)
-        if x.labels is None:
-            now = torch.zeros_like(now)
         if x.entropy:
             entropy = _where(valid, entropy)
         if measured is not None:
@@ -307,7 +305,7 @@ def _forward_sparse(x: Inputs) -> Tensors:
     if x.known is None and rounds(x):
         spacing = spacing_of(x.weight.dtype, maximum, log_sum, x.rule.scale)
     done = finish(run, x.rows, valid, now, rows[0], GIVEN, measured, spacing)
-    sizes = masses(rows, done.metrics[TOKENS], counts, measured, entropy)
+    sizes = masses(run, rows, done.metrics[TOKENS], counts, measured, entropy)
     return (
         done.loss, done.table, done.metrics, done.totals, valid, now, entropy,
         sizes, words, scores, slope,
@@ -319,19 +317,15 @@ def _scanned(
 ) -> tuple[Tensor, ...]:
     """Logits and log-probs of the words [N, K], log-prob of the label [N], entropy, maximum and
     log_sum [N]."""
-    label = words[:, :1] if x.labels is None else x.labels[:, None].to(words.dtype)
     whole = no_row_is_left_out(x.rows) and x.backend == "triton"  # see `work_of`
     read, most = None if whole else valid, None
     if measured is not None:
         read, most = measured, most_measured(x.rows) if whole else None
-    gathered, log_probs, maximum, log_sum, entropy = scan_head(
-        passes_of(x.backend), head, torch.cat([label, words], 1), read, x.entropy,
-        x.rule.scan_size, most,
-    )  # fmt: skip
-    return (
-        gathered[:, 1:].contiguous(), log_probs[:, 1:].contiguous(), log_probs[:, 0], entropy,
-        maximum, log_sum,
-    )  # fmt: skip
+    gathered, log_probs, maximum, log_sum, entropy, now = scan_head(
+        passes_of(x.backend), head, words, read, x.entropy, x.rule.scan_size, most, x.labels
+    )
+    now = torch.zeros_like(maximum) if now is None else now
+    return gathered, log_probs, now, entropy, maximum, log_sum
 
 
 def _where(valid: Tensor, x: Tensor) -> Tensor:
@@ -370,7 +364,7 @@ def _forward(x: Inputs) -> Tensors:
         if x.known is None:
             spacing = spacing_of(x.weight.dtype, results[-2], results[-1], x.rule.scale)
         done = finish(run, x.rows, valid, now, found[0], GIVEN, spacing=spacing)
-        kept.append(masses(found, done.metrics[TOKENS], counts, None, results[1]))
+        kept.append(masses(run, found, done.metrics[TOKENS], counts, None, results[1]))
         return done
 
     done, sums, factor = walk(work, loss, finished, known=x.known)

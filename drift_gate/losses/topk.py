@@ -29,7 +29,7 @@ from ..gate import DriftGate
 from ..options import Parallel, Reduction, refuse
 from ..outputs import LossOutput
 from ..parallel.agreement import meeting
-from ..parallel.words import Shard, from_owners, local_words, own, scan
+from ..parallel.words import Shard, from_owners, local_words, own, scan_lists
 from ..passes.backends import passes_of
 from ..passes.rules import GIVEN, TOKENS
 from .by_reference import by_reference
@@ -258,14 +258,12 @@ def _forward(x: Inputs) -> Tensors:
         maximum = log_sum = entropy = gathered.new_empty(0)
         now = gathered.new_zeros(len(valid))
     else:
-        label = words[:, :1] if x.labels is None else x.labels[:, None].to(words.dtype)
-        every, log_probs, maximum, log_sum, entropy = scan(
-            run, x.logits, torch.cat([label, words], 1), valid if measured is None else measured,
-            x.scale, x.entropy or x.kind.outside, x.shard,
+        gathered, known, maximum, log_sum, entropy, of_labels = scan_lists(
+            run, x.logits, x.labels, words, valid if measured is None else measured, x.scale,
+            x.entropy or x.kind.outside, x.shard,
         )  # fmt: skip
-        gathered, known = every[:, 1:].contiguous(), log_probs[:, 1:].contiguous()
         scores = gathered if renormalized else known
-        now = log_probs[:, 0].contiguous() if x.labels is not None else torch.zeros_like(maximum)
+        now = torch.zeros_like(maximum) if of_labels is None else of_labels
     if measured is not None:
         others = valid & ~measured
         scores = gathered = torch.where(measured[:, None], gathered, _gather(run, x, words, others))
@@ -275,7 +273,7 @@ def _forward(x: Inputs) -> Tensors:
     )
     spacing = spacing_of(x.logits.dtype, maximum, log_sum, x.scale)
     done = finish(run, x.rows, valid, now, rows[0], GIVEN, measured, spacing)
-    sizes = masses(rows, done.metrics[TOKENS], counts, measured, entropy)
+    sizes = masses(run, rows, done.metrics[TOKENS], counts, measured, entropy)
     return (
         done.loss, done.table, done.metrics, done.totals, valid, now, entropy,
         sizes, words, gathered, maximum, log_sum, slope,
@@ -301,16 +299,19 @@ def _backward(
     x: Inputs, outputs: list[Any], grads: list[Tensor | None], needs: list[bool]
 ) -> list[Tensor | None]:
     """K entries a row, and where the support is not renormalised alpha = -sum beta."""
-    _, table, _, _, valid, _, entropy, _, words, gathered, maximum, log_sum, slope = outputs
+    _, table, _, _, valid, _, entropy, _, words, *statistics, slope = outputs
     upstream = row_gradient(table, grads)
     beta = slope * upstream[:, None]
-    alpha = torch.zeros_like(upstream) if x.kind.support == "renormalized" else -beta.sum(-1)
-    gamma = None
-    if x.kind.outside:
-        gamma, more = of_entropy(x.kind, upstream, entropy)
-        alpha = alpha + more
-    if not maximum.numel():
-        maximum = log_sum = torch.zeros_like(upstream)
+    alpha: Tensor | None = None
+    gamma: Tensor | None = None
+    if x.kind.support == "renormalized":
+        statistics = [None] * 3
+    else:
+        alpha = -beta.sum(-1)
+        if x.kind.outside:
+            gamma, more = of_entropy(x.kind, upstream, entropy)
+            alpha = alpha + more
+    gathered, maximum, log_sum = statistics
     return [
         expand(
             x.backend,

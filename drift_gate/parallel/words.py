@@ -104,6 +104,31 @@ def scan(
     return _combine(parts, local, is_bad(ids, shard.total), valid, shard.group)
 
 
+def scan_lists(
+    run: Any,
+    logits: Tensor,
+    labels: Tensor | None,
+    ids: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    with_entropy: bool,
+    shard: Shard,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """`scan`, and the log-probs of the labels [N]; None without labels."""
+    if labels is None:
+        return *scan(run, logits, ids, valid, scale, with_entropy, shard), None
+    if not shard.group:
+        found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = run.scan_lists(
+            logits, labels, ids, valid, scale, with_entropy
+        )
+        return found
+    both = torch.cat([labels[:, None].to(ids.dtype), ids], 1)
+    gathered, log_probs, *others = scan(run, logits, both, valid, scale, with_entropy, shard)
+    maximum, log_sum, entropy = others
+    listed = gathered[:, 1:].contiguous(), log_probs[:, 1:].contiguous()
+    return *listed, maximum, log_sum, entropy, log_probs[:, 0].contiguous()
+
+
 def _combine(
     parts: tuple[Tensor, ...], local: Tensor, bad: Tensor, valid: Tensor | None, group: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -11,8 +11,9 @@ from ..kernels.divergence import divergence
 from ..kernels.divergence_grad import divergence_grad
 from ..kernels.expand import expand
 from ..kernels.gather import gather as head_gather
-from ..kernels.scan import scan
+from ..kernels.scan import scan, scan_lists
 from ..kernels.sparse import by_word, sum_words, weigh_words
+from ..kernels.topk import masses
 from . import torch as plain
 from .rules import Finished, GateRule, PositionRule, ReduceRule, RowData, Weights, sampled
 from .torch import gather
@@ -28,8 +29,10 @@ __all__ = [
     "finish",
     "gather",
     "head_gather",
+    "masses",
     "measured_rows",
     "scan",
+    "scan_lists",
     "select",
     "sum_words",
     "topk_rows",
@@ -107,11 +110,12 @@ def finish(
 
 def topk_support(
     ids: Tensor, teacher: Tensor, valid: Tensor, vocab: int, check: bool, check_duplicates: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Which entries of the lists count; see `torch.topk_support`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which entries of the lists count; see `torch.topk_support`. The counts [2, ...] are yet to be
+    summed, which `masses` does."""
     if check or check_duplicates or ids.shape[1] > LONGEST_PAIRED:
         return plain.topk_support(ids, teacher, valid, vocab, check, check_duplicates)
-    found: tuple[Tensor, Tensor, Tensor] = topk_kernels.topk_support(ids, teacher, valid)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = topk_kernels.topk_support(ids, teacher, valid)
     return found
 
 

@@ -47,6 +47,7 @@ K_SELECT = "tests/test_kernels_select.py"
 K_ROWS = "tests/test_kernels_fuzz.py tests/test_kernels_opd.py"
 K_MEASURED = "tests/test_kernels_rows.py -k measured"
 K_TOPK = "tests/test_kernels_fuzz.py tests/test_kernels_topk.py"
+LISTED = "tests/test_listed_passes.py"
 K_HOLES = "tests/test_kernels_sparse.py -k without_support"
 READS = "tests/test_host_reads.py"
 K_SPARSE = "tests/test_kernels_sparse.py -k 'not losses and not dense'"
@@ -311,6 +312,8 @@ C = [
     _native("words that the teacher lacks left alone", "divergence.h", "zero_rows(job->out, row, next, job->vocab, job->all_words);", ";"),
     _native("invalid rows keep their entries", "expand.h", "if (!job->valid || job->valid[row])", "if (1)"),
     _native("blank rows without entries", "expand.h", "for (; row < next; row++)", "for (row = next - 1; row < next; row++)"),
+    _native("entries without alpha lose the scale", "expand.h", "room.value[k] = room.sum[k] * (float)job->scale", "room.value[k] = room.sum[k]", tests=LISTED),
+    _native("a label's log-prob is its logit", "scan.h", "job->of_labels[row] - found.maximum - found.log_sum", "job->of_labels[row]", tests=LISTED),
     _native("p - 1 for expm1", "expand.h", "alpha * expm1(log_p)", "alpha * (p - 1)"),
     _native("the last of the betas of a word alone", "expand.h", "room.sum[owner] += room.sum[k]", "room.sum[owner] = room.sum[k]"),
     _native("one id beyond the last word", "scan.h", "id >= job->vocab", "id > job->vocab", tests=GUARDED),
@@ -417,6 +420,8 @@ KERNELS = [
     _kernel("slope through the clip", "position", "slope = tl.where(clipped, 0.0, slope)", "slope = slope + 0.0", "tests/test_kernels_opd.py -k test_estimators"),
     _kernel("slope not weighed", "sampled_token", "slope = tl.where(live, weight * slope, 0.0)", "slope = tl.where(live, slope, 0.0)", "tests/test_kernels_opd.py -k test_estimators"),
     _kernel("NaN metrics dropped", "row_sums", "tl.where(known, least, share)", "least", K_ROWS),
+    _kernel("a label's bound dropped", "scan", "(label >= 0) & (label < vocab) & live", "live", LISTED),
+    _kernel("masses of the losses", "topk", "row = rows + (which + 1) * n_rows", "row = rows + which * n_rows", "tests/test_kernels_lists.py"),
     _kernel("absent words counted", "topk", "tl.where(here, tl.exp(log_p), 0.0)", "tl.where(here, tl.exp(log_p), 1.0)", K_TOPK),
     _kernel("the tail's floor", "topk", "p_tail = tl.where(left < EPS, EPS, left)", "p_tail = left", K_TOPK + " tests/test_limits.py"),
     _kernel("an infinity lost with its mass", "topk", "tl.where(difference == float(\"inf\"), difference, x * difference)", "tl.where(x == 0.0, 0.0, x * difference)", K_TOPK),

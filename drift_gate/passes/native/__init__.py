@@ -13,13 +13,14 @@ where there is little to do, else by as many threads as ATen has. The same bits 
 import os
 
 from ..torch.sparse import head_gather, weigh_words
+from ..torch.topk import masses
 from . import library
 from .divergence import divergence, divergence_grad
 from .library import KINDS
 from .rows import finish, measured_rows, valid_rows, weigh
 from .sparse import by_word, sum_words
 from .topk import topk_rows, topk_support
-from .vocabulary import expand, gather, scan, select
+from .vocabulary import expand, gather, scan, scan_lists, select
 
 __all__ = [
     "KINDS",
@@ -31,8 +32,10 @@ __all__ = [
     "gather",
     "head_gather",
     "instruction_set",
+    "masses",
     "measured_rows",
     "scan",
+    "scan_lists",
     "select",
     "sum_words",
     "topk_rows",

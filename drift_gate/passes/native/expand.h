@@ -65,18 +65,24 @@ static void NAME(put_entries)(const struct expand *job, int64_t row, struct entr
     struct table found;
     if (words > 1)
         found = cleared(room.slots, words);
-    float top = job->maximum[row], log_sum = job->log_sum[row];
     for (int64_t k = 0; k < words; k++) {
         int64_t id = id_at(ids, job->wide, k), listed = id >= 0 && id < job->vocab;
         int64_t owner = words > 1 && listed ? first_entry(found, ids, job->wide, k) : k;
         room.sum[k] = job->beta[at + k];
         room.place[k] = listed && owner == k ? id : -1;
-        room.value[k] = job->gathered[at + k] - top - log_sum;
         if (owner != k)
             room.sum[owner] += room.sum[k];
     }
-    float gamma = job->gamma ? job->gamma[row] : 0;
-    NAME(entry_values)(words, job->alpha[row], gamma, (float)job->scale, room.sum, room.value);
+    if (job->alpha) {
+        float top = job->maximum[row], log_sum = job->log_sum[row];
+        float gamma = job->gamma ? job->gamma[row] : 0;
+        for (int64_t k = 0; k < words; k++)
+            room.value[k] = job->gathered[at + k] - top - log_sum;
+        NAME(entry_values)(words, job->alpha[row], gamma, (float)job->scale, room.sum, room.value);
+    } else {
+        for (int64_t k = 0; k < words; k++)
+            room.value[k] = room.sum[k] * (float)job->scale;
+    }
     for (int64_t k = 0; k < words; k++)
         if (room.place[k] >= 0)
             NAME(put_word)(job->out, row, room.place[k], room.value[k]);
@@ -85,7 +91,7 @@ static void NAME(put_entries)(const struct expand *job, int64_t row, struct entr
 /* Rows whose softmax is not wanted. */
 static int NAME(is_blank)(const struct expand *job, int64_t row)
 {
-    int flat = job->alpha[row] == 0 && (!job->gamma || job->gamma[row] == 0);
+    int flat = !job->alpha || (job->alpha[row] == 0 && (!job->gamma || job->gamma[row] == 0));
     return flat || (job->valid && !job->valid[row]);
 }
 

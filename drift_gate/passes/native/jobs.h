@@ -8,6 +8,8 @@ struct rows { /* [B, T, V], last dimension contiguous */
     int64_t kind;
 };
 
+#define LABELS ((int64_t)1 << 62) /* beyond every entry, in what `scan` returns */
+
 struct scan {
     struct rows logits;
     int64_t vocab;
@@ -18,6 +20,9 @@ struct scan {
     float *gathered, *log_probs; /* [N, K] */
     float *maximum, *log_sum;    /* [N]; maximum NULL: `gathered` alone */
     float *entropy;              /* [N], or NULL */
+    const void *labels;          /* [N], or NULL */
+    int64_t labels_wide;
+    float *of_labels; /* [N]: their log-probs */
 };
 
 struct select {
@@ -38,8 +43,8 @@ struct expand {
     const uint8_t *valid; /* [N], or NULL for all */
     const void *ids;
     int64_t wide, words;
-    const float *maximum, *log_sum, *alpha; /* [N] */
-    const float *gathered, *beta;           /* [N, K] */
+    const float *maximum, *log_sum, *alpha; /* [N], or NULL: alpha is 0 */
+    const float *gathered, *beta;           /* [N, K]; gathered NULL likewise */
     const float *gamma;                     /* [N], or NULL */
 };
 

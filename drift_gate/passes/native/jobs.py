@@ -8,7 +8,7 @@ import struct
 ROWS = "Pqqqq"  # data, stride of a batch, of a row, T, kind
 
 # As jobs.h has them.
-SCAN = struct.Struct(f"@{ROWS} qd PPqq PPPPP")
+SCAN = struct.Struct(f"@{ROWS} qd PPqq PPPPP PqP")
 SELECT = struct.Struct(f"@{ROWS} qd Pq PPP")
 EXPAND = struct.Struct(f"@{ROWS}{ROWS} qd PPqq PPPPPP")
 DIVERGENCE = struct.Struct(f"@{ROWS}{ROWS} qqdddq PPq PPPP")
@@ -19,7 +19,7 @@ MEASURED_ROWS = struct.Struct("@qqPPPPPqqPPPqd Pq")  # and the gate's rule follo
 GATE = struct.Struct("@qqqqqd")
 POSITION = struct.Struct("@qqqqdddddd")
 REDUCE = struct.Struct("@qqd")
-SUPPORT = struct.Struct("@qqPqPP qq PPPP")
+SUPPORT = struct.Struct("@qqPqPP qq PPPPP")
 TOPK = struct.Struct("@qq PPPPP PP qqd")
 BY_WORD = struct.Struct("@qqPq PP")
 WORD_SUMS = struct.Struct(f"@{ROWS}{ROWS} qq P PP")

@@ -6,6 +6,14 @@ static int64_t id_at(const void *ids, int64_t wide, int64_t at)
     return wide ? ((const int64_t *)ids)[at] : ((const int32_t *)ids)[at];
 }
 
+static void put_id(void *ids, int64_t wide, int64_t at, int64_t id)
+{
+    if (wide)
+        ((int64_t *)ids)[at] = id;
+    else
+        ((int32_t *)ids)[at] = (int32_t)id;
+}
+
 /* Entries of a list by their ids, a hash table: each slot holds an entry's number + 1, or 0. */
 struct table {
     int32_t *slots;

@@ -1,6 +1,7 @@
 /* Statistics of rows, and their listed words. */
 
-/* z[ids] of a row; returns the entry + 1 of the first id outside the vocabulary, or 0. */
+/* z[ids] of a row; returns the entry + 1 of the first id outside the vocabulary, or 0; for a label
+LABELS and its row + 1. */
 static int64_t NAME(gather_row)(const struct scan *job, int64_t row)
 {
     for (int64_t k = 0; k < job->words; k++) {
@@ -8,6 +9,12 @@ static int64_t NAME(gather_row)(const struct scan *job, int64_t row)
         if (id < 0 || id >= job->vocab)
             return at + 1;
         job->gathered[at] = NAME(word)(job->logits, row, id, (float)job->scale);
+    }
+    if (job->labels) {
+        int64_t label = id_at(job->labels, job->labels_wide, row);
+        if (label < 0 || label >= job->vocab)
+            return LABELS + row + 1;
+        job->of_labels[row] = NAME(word)(job->logits, row, label, (float)job->scale);
     }
     return 0;
 }
@@ -24,6 +31,8 @@ static void NAME(scan_row)(const struct scan *job, int64_t row)
     float *to = job->log_probs + row * job->words;
     for (int64_t k = 0; k < job->words; k++)
         to[k] = from[k] - found.maximum - found.log_sum;
+    if (job->labels)
+        job->of_labels[row] = job->of_labels[row] - found.maximum - found.log_sum;
 }
 
 int64_t NAME(scan)(const void *given, int64_t first, int64_t last)
@@ -39,6 +48,8 @@ int64_t NAME(scan)(const void *given, int64_t first, int64_t last)
             }
             if (job->entropy)
                 job->entropy[row] = 0;
+            if (job->labels)
+                job->of_labels[row] = 0;
             continue;
         }
         int64_t bad = NAME(gather_row)(job, row);

@@ -7,6 +7,7 @@ struct support {
     const float *teacher; /* [N, K] log-probs, -inf where missing */
     const uint8_t *valid; /* [N] */
     int64_t check, check_twice;
+    void *listed;                 /* [N, K]: ids of the entries present, else 0 */
     uint8_t *present, *supported; /* [N, K], [N] */
     _Atomic int64_t *counts;      /* valid rows without support, entries listed again in others */
     _Atomic int64_t *twice;       /* the first row with an entry listed again */
@@ -38,6 +39,7 @@ static int64_t support_row(const struct support *job, int64_t row, uint64_t *see
             bad = at + k + 1;
         }
         job->present[at + k] = (uint8_t)here;
+        put_id(job->listed, job->wide, at + k, here ? id : 0);
         found += here;
     }
     while (k-- > 0) {
@@ -63,7 +65,9 @@ int64_t drift_gate_support(const void *given, int64_t first, int64_t last)
         if (job->valid[row]) {
             bad = support_row(job, row, seen, counts);
         } else {
-            memset(job->present + row * job->words, 0, (size_t)job->words);
+            size_t size = (size_t)job->words, width = job->wide ? 8 : 4;
+            memset(job->present + row * job->words, 0, size);
+            memset((char *)job->listed + row * job->words * (int64_t)width, 0, size * width);
             job->supported[row] = 0;
         }
     free(seen);

@@ -22,11 +22,12 @@ def topk_support(
     vocab: int,
     check: bool,
     check_duplicates: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (present [N, K] bool, supported [N] bool, counts [2] float32).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (words [N, K] as ids, present [N, K] bool, supported [N] bool, counts [2] float32).
 
     An entry is missing where its id is -1 or its log-prob -inf. Of entries with the same id the
-    first counts. `present`: entries of valid rows that count; `supported`: valid rows with any;
+    first counts. `present`: entries of valid rows that count; `words`: their ids, 0 elsewhere;
+    `supported`: valid rows with any;
     `counts`: valid rows without any, and entries of valid rows that repeat one.
 
     Raises ValueError with `check` for an id outside [0, vocab), and with `check_duplicates` for one
@@ -36,6 +37,7 @@ def topk_support(
     ids = listed(ids)
     _teacher, (teacher_at,) = floats(n * k, teacher)
     _mask, mask_at = booleans(valid, n)
+    words = torch.empty(n, k, dtype=ids.dtype, device=CPU)
     present = torch.empty(n, k, dtype=BOOL, device=CPU)
     supported = torch.empty(n, dtype=BOOL, device=CPU)
     counts = torch.empty(2, dtype=FLOAT32, device=CPU)
@@ -43,7 +45,7 @@ def topk_support(
     at = ctypes.addressof(tally)
     job = SUPPORT.pack(
         vocab, k, ids.data_ptr(), ids.dtype is INT64, teacher_at, mask_at, check,
-        check_duplicates, present.data_ptr(), supported.data_ptr(), at, at + 16,
+        check_duplicates, words.data_ptr(), present.data_ptr(), supported.data_ptr(), at, at + 16,
     )  # fmt: skip
     bad = run("support", job, n, 4 * k, for_set=False)
     without, again, twice = tally
@@ -52,7 +54,7 @@ def topk_support(
     if twice != NEVER:
         raise errors.listed_twice(ids, teacher, twice)
     (ctypes.c_float * 2).from_address(counts.data_ptr())[:] = [without, again]
-    return present, supported, counts
+    return words, present, supported, counts
 
 
 def topk_rows(

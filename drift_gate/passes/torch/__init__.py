@@ -8,8 +8,8 @@ from .divergence import divergence, divergence_grad
 from .rows import finish, measured_rows, valid_rows, weigh
 from .select import select
 from .sparse import by_word, head_gather, sum_words, weigh_words
-from .topk import topk_rows, topk_support
-from .vocabulary import expand, gather, scan
+from .topk import masses, topk_rows, topk_support
+from .vocabulary import expand, gather, scan, scan_lists
 
 __all__ = [
     "by_word",
@@ -19,8 +19,10 @@ __all__ = [
     "finish",
     "gather",
     "head_gather",
+    "masses",
     "measured_rows",
     "scan",
+    "scan_lists",
     "select",
     "sum_words",
     "topk_rows",

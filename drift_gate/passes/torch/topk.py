@@ -34,12 +34,13 @@ def topk_support(
     vocab: int,
     check: bool,
     check_duplicates: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (present [N, K] bool, supported [N] bool, counts [2] float32).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (words [N, K] as ids, present [N, K] bool, supported [N] bool, counts [2] float32).
 
-    An entry is missing where its id is -1, its log-prob -inf, or its word there already: a word
-    listed twice counts once, where it is first present. Supported are valid rows with an entry
-    left. Counted are the valid rows without, and in valid rows the entries of words already there.
+    Words are the ids of the entries that are present, and 0 elsewhere. An entry is missing where
+    its id is -1, its log-prob -inf, or its word there already: a word listed twice counts once,
+    where it is first present. Supported are valid rows with an entry left. Counted are the valid
+    rows without, and in valid rows the entries of words already there.
 
     The checks read values (on a GPU they synchronise) and raise ValueError.
     """
@@ -65,7 +66,7 @@ def topk_support(
     present &= ~again
     supported = valid & present.any(-1)
     counts = torch.stack([(valid & ~supported).sum(), twice.sum()])
-    return present, supported, counts.float()
+    return torch.where(present, ids, 0), present, supported, counts.float()
 
 
 def _again(ids: Tensor, present: Tensor) -> Tensor:
@@ -121,6 +122,17 @@ def topk_rows(
         slope = slope - h[:, None] * p
     rows = torch.where(valid, torch.stack([loss, student_mass, teacher_mass, overlap]), 0)
     return rows.to(dtype), torch.where(here, slope, 0).to(dtype)
+
+
+@torch.no_grad()
+def masses(
+    rows: Tensor,  # [4, N] from `topk_rows`
+    tokens: Tensor,  # []: how many rows are valid
+    counts: Tensor,  # [2] from `topk_support`
+) -> Tensor:
+    """[5]: means over the valid rows of the last three rows, and the counts."""
+    means = rows[1:].sum(-1).div_(tokens.clamp(min=1))
+    return torch.cat([means, counts.to(means.dtype)])
 
 
 def _kl_term(log_x: Tensor, log_y: Tensor) -> Tensor:

@@ -57,6 +57,22 @@ def scan(
     return gathered, log_probs, maximum, log_sum, entropy
 
 
+def scan_lists(
+    logits: Tensor,
+    labels: Tensor,  # [N] int64 or int32
+    ids: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`scan`, and the labels' log-probs [N]."""
+    every = torch.cat([labels[:, None].to(ids.dtype), ids], 1)
+    gathered, log_probs, *others = scan(logits, every, valid, scale, with_entropy)
+    maximum, log_sum, entropy = others
+    listed = gathered[:, 1:].contiguous(), log_probs[:, 1:].contiguous()
+    return *listed, maximum, log_sum, entropy, log_probs[:, 0].contiguous()
+
+
 @torch.no_grad()
 def gather(
     logits: Tensor,  # [B, T, V]
@@ -76,11 +92,11 @@ def gather(
 def expand(
     logits: Tensor,  # [B, T, V], as given to scan
     ids: Tensor,  # [N, K]
-    maximum: Tensor,  # [N], from scan, as the next two
-    log_sum: Tensor,  # [N]
-    gathered: Tensor,  # [N, K]
+    maximum: Tensor | None,  # [N], from scan, as the next two; None where alpha is
+    log_sum: Tensor | None,  # [N]
+    gathered: Tensor | None,  # [N, K]
     valid: Tensor | None,  # [N] bool; None: all rows
-    alpha: Tensor,  # [N]: d loss / d logsumexp
+    alpha: Tensor | None,  # [N]: d loss / d logsumexp; None: 0, and so is gamma
     beta: Tensor,  # [N, K]: d loss / d z[ids]
     scale: float,  # 1 / temperature
     out: Tensor,  # [B, T, V], any float dtype, any strides; may be the logits
@@ -92,6 +108,10 @@ def expand(
     id outside [0, V) writes nothing; ids listed twice in a row receive both betas. A NaN alpha
     gives NaN.
     """
+    if alpha is None or maximum is None or log_sum is None or gathered is None:
+        out.zero_()
+        _put(out, ids, valid, _sum_duplicates(ids, beta) * scale)
+        return
     active = alpha != 0 if gamma is None else (alpha != 0) | (gamma != 0)
     active = active if valid is None else active & valid
     factor = (-log_sum).exp_()
@@ -128,8 +148,7 @@ def _put_entries(
     gamma: Tensor | None,
 ) -> None:
     """Overwrite `out` at the listed ids with scale * ((alpha + gamma log p) p + sum beta)."""
-    if ids.shape[1] > 1:
-        beta = _sum_duplicates(ids, beta)
+    beta = _sum_duplicates(ids, beta)
     a = alpha[:, None]
     log_p = (gathered - maximum[:, None]).sub_(log_sum[:, None])
     p = log_p.exp()
@@ -137,7 +156,11 @@ def _put_entries(
         a = _slope(log_p, a, gamma[:, None])
     # alpha p + beta = alpha (p - 1) + (alpha + beta): near p = 1, expm1 keeps the digits of p - 1.
     value = torch.where(p > 0.5, a * log_p.expm1() + (a + beta), a * p + beta)
-    value = torch.where(a == 0, beta, value).mul_(scale)
+    _put(out, ids, valid, torch.where(a == 0, beta, value).mul_(scale))
+
+
+def _put(out: Tensor, ids: Tensor, valid: Tensor | None, value: Tensor) -> None:
+    """Overwrite `out` [B, T, V] at the listed ids [N, K] of valid rows."""
     listed = (ids >= 0) & (ids < out.shape[2])
     row, k = (listed if valid is None else listed & valid[:, None]).nonzero(as_tuple=True)
     length = out.shape[1]
@@ -147,6 +170,8 @@ def _put_entries(
 
 def _sum_duplicates(ids: Tensor, beta: Tensor) -> Tensor:
     """[N, K]: for each entry, the sum of beta over the entries of its row with the same id."""
+    if ids.shape[1] == 1:
+        return beta
     ordered, order = ids.sort(dim=-1, stable=True)
     new = (ordered[:, 1:] != ordered[:, :-1]) | (ordered[:, 1:] < 0)
     if bool(new.all()):
