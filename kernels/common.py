@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -32,8 +33,13 @@ def vector_width(x: Tensor) -> int:
 
 def is_aligned(x: Tensor, vector: int) -> bool:
     """Whether every row of `x [B, T, V]` starts on a 16-byte boundary."""
-    strides = [s for s, n in zip(x.stride()[:2], x.shape[:2], strict=True) if n > 1]
-    return x.data_ptr() % ALIGNMENT == 0 and all(s % vector == 0 for s in strides)
+    return x.data_ptr() % ALIGNMENT == 0 and rows_aligned(x.shape, x.stride(), vector)
+
+
+def rows_aligned(shape: Sequence[int], strides: Sequence[int], vector: int) -> bool:
+    """Whether every row starts as the first one of [B, T, V] does, to 16 bytes."""
+    of_rows = zip(strides[:2], shape[:2], strict=True)
+    return all(stride % vector == 0 for stride, n in of_rows if n > 1)
 
 
 def rows_of(x: Tensor) -> Tensor:

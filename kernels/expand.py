@@ -17,6 +17,9 @@ sampled token has b = -alpha, and 1 - p would lose its digits as p approaches 1.
 Bytes that must move: N * V * itemsize written, the same read in rows where alpha is not 0.
 """
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,10 +30,9 @@ from .common import (
     LOG2_E,
     ceil_div,
     expm1_negative,
-    is_aligned,
     power_of_2,
     programs_wanted,
-    vector_width,
+    rows_aligned,
 )
 from .launch import launch
 
@@ -86,8 +88,8 @@ def _expand(
     maximum,  # [N] float32
     log_sum,  # [N] float32
     valid,  # [N] uint8, or None
-    alpha,  # [N] float32, or None: 0, and neither logits nor statistics are read
-    beta,  # [N, 1] float32
+    alpha,  # [N] float32, or None: 0, and neither logits nor statistics are read; or -beta
+    beta,  # [N, 1] float32, rows `beta_stride` apart
     gamma,  # [N] float32, or None
     stride_batch,
     stride_row,
@@ -97,6 +99,8 @@ def _expand(
     vocab,  # V
     scale,  # 1 / temperature
     chunks,  # programs per row
+    beta_stride,  # of a row
+    OF_LABELS: tl.constexpr,  # alpha is minus beta
     ALIGNED: tl.constexpr,  # rows of both tensors start on 16-byte boundaries,
     CONGRUENT: tl.constexpr,  # or lie equally far beyond one
     TILE: tl.constexpr,
@@ -122,8 +126,13 @@ def _expand(
     if valid is not None:
         live = tl.load(valid + row) != 0
     weight, top, log_s, z, lean = 0.0, 0.0, 0.0, 0.0, None
-    if alpha is not None:
+    if ids is not None:
+        b = tl.where(live, tl.load(beta + row * beta_stride), 0.0)
+    if OF_LABELS:
+        weight = -b
+    elif alpha is not None:
         weight = tl.where(live, tl.load(alpha + row), 0.0)
+    if maximum is not None:
         top = tl.load(maximum + row)
         log_s = tl.load(log_sum + row)
     if gamma is not None:
@@ -131,8 +140,7 @@ def _expand(
     target = 0.0
     target_column = -1
     if ids is not None:
-        b = tl.where(live, tl.load(beta + row), 0.0)
-        if alpha is not None:
+        if gathered is not None:
             z = tl.load(gathered + row)
         target = _entry(z, b, top, log_s, weight, lean, scale)
         column = tl.load(ids + row)
@@ -213,6 +221,37 @@ def _entries(
         tl.store(out + offset + column, g.to(out.dtype.element_ty), mask=writable)
 
 
+@functools.lru_cache(maxsize=256)
+def _plan(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    out_strides: tuple[int, ...],
+    on_boundary: bool,
+    itemsizes: tuple[int, int],
+    k: int,
+    at_once: int,
+    tile_bytes: int,
+    most: int,
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Programs a row, and what `_expand` and `_entries` are compiled with."""
+    batch, length, vocab = shape
+    vector = ALIGNMENT // min(itemsizes)
+    aligned = on_boundary and all(rows_aligned(shape, x, vector) for x in (strides, out_strides))
+    gaps = [x - y for x, y in zip(strides, out_strides, strict=True)]
+    tile = min(tile_bytes // itemsizes[0], power_of_2(vocab))
+    chunks = shares(batch * length, ceil_div(vocab + vector - 1, tile), most, at_once)
+    return (
+        chunks,
+        dict(
+            ALIGNED=aligned,
+            CONGRUENT=on_boundary and not aligned and rows_aligned(shape, gaps, vector),
+            TILE=tile,
+            VECTOR=vector,
+        ),
+        dict(K=k, BLOCK_K=min(power_of_2(k), 64), PEERS=16, num_warps=2),
+    )
+
+
 def expand(
     logits: Tensor,  # [B, T, V] bfloat16, float16 or float32; last dimension contiguous
     ids: Tensor,  # [N, K] int32 or int64, contiguous
@@ -230,52 +269,66 @@ def expand(
 
     An id outside the vocabulary writes nothing. Ids listed twice in a row receive both betas.
     """
-    _, length, vocab = logits.shape
+    _write(
+        logits, ids, maximum, log_sum, gathered, valid, alpha, beta, scale, out, gamma, False
+    )  # fmt: skip
+
+
+def expand_labels(
+    logits: Tensor,
+    labels: Tensor,  # [N] int32 or int64, contiguous
+    maximum: Tensor,
+    log_sum: Tensor,
+    gathered: Tensor,  # [N, 1]
+    valid: Tensor | None,
+    slope: Tensor,  # [N] float32: d loss / d log p[label]; any stride
+    scale: float,
+    out: Tensor,
+) -> None:
+    """`expand` of a loss that is a function of the labels' log-probs: alpha = -beta."""
+    _write(
+        logits, labels[:, None], maximum, log_sum, gathered, valid, None, slope, scale, out, None,
+        True,
+    )  # fmt: skip
+
+
+def _write(
+    logits: Tensor,
+    ids: Tensor,
+    maximum: Tensor | None,
+    log_sum: Tensor | None,
+    gathered: Tensor | None,
+    valid: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor,
+    scale: float,
+    out: Tensor,
+    gamma: Tensor | None,
+    of_labels: bool,
+) -> None:
+    shape, strides, out_strides = logits.shape, logits.stride(), out.stride()
     rows, k = ids.shape
     if rows == 0:
         return
-    vector = max(vector_width(logits), vector_width(out))
-    aligned = is_aligned(logits, vector) and is_aligned(out, vector)
-    tile = min(TILE_BYTES // logits.element_size(), power_of_2(vocab))
-    tiles = ceil_div(vocab + vector - 1, tile)
-    chunks = shares(rows, tiles, TILES_PER_PROGRAM, programs_wanted(logits.device))
+    on_boundary = (logits.data_ptr() | out.data_ptr()) % ALIGNMENT == 0
+    chunks, options, of_entries = _plan(
+        shape, strides, out_strides, on_boundary, (logits.itemsize, out.itemsize), k,
+        programs_wanted(logits.device), TILE_BYTES, TILES_PER_PROGRAM,
+    )  # fmt: skip
     row_data = gathered, maximum, log_sum, None if valid is None else valid.view(torch.uint8)
     coefficients = alpha, beta, gamma
     launch(
         _expand, (rows * chunks,), logits, out, ids if k == 1 else None, *row_data, *coefficients,
-        *logits.stride()[:2], *out.stride()[:2], length, vocab, scale, chunks,
-        ALIGNED=aligned, CONGRUENT=not aligned and _congruent(logits, out, vector),
-        TILE=tile, VECTOR=vector, num_warps=NUM_WARPS,
+        *strides[:2], *out_strides[:2], *shape[1:], scale, chunks, beta.stride(0),
+        OF_LABELS=of_labels, **options, num_warps=NUM_WARPS,
     )  # fmt: skip
     if k > 1:
         launch(
-            _entries,
-            (rows,),
-            out,
-            ids,
-            *row_data,
-            *coefficients,
-            *out.stride()[:2],
-            length,
-            vocab,
-            scale,
-            K=k,
-            BLOCK_K=min(power_of_2(k), 64),
-            PEERS=16,
-            num_warps=2,
-        )
+            _entries, (rows,), out, ids, *row_data, *coefficients, *out_strides[:2], *shape[1:],
+            scale, **of_entries,
+        )  # fmt: skip
 
 
 def shares(rows: int, tiles: int, most: int, at_once: int) -> int:
     """Programs of a row: with `most` tiles each, or as few as fill the device WAVES times."""
     return ceil_div(tiles, min(most, max(rows * tiles // (WAVES * at_once), 1)))
-
-
-def _congruent(x: Tensor, y: Tensor, vector: int) -> bool:
-    """Whether each row of `x` and of `y` starts equally far beyond a 16-byte boundary."""
-    strides = zip(x.stride()[:2], y.stride()[:2], x.shape[:2], strict=True)
-    return (
-        x.data_ptr() % ALIGNMENT == 0
-        and y.data_ptr() % ALIGNMENT == 0
-        and all((a - b) % vector == 0 for a, b, n in strides if n > 1)
-    )

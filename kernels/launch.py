@@ -28,9 +28,9 @@ ON_AMD = torch.version.hip is not None
 KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10)
 _TRITONS_FILE = JITFunction.__init__.__code__.co_filename
 
-# A compiled kernel, and the values of the parameters after those that vary. The kernel itself is
-# kept because its id is in the key.
-_Variant = tuple[CompiledKernel, tuple[Any, ...], JITFunction]
+# What runs a compiled kernel, its code on the device, its metadata; the values of the parameters
+# after those that vary. The kernel itself is kept because its id is in the key.
+_Variant = tuple[Any, Any, Any, tuple[Any, ...], JITFunction]
 _variants: dict[tuple[Any, ...], _Variant] = {}
 
 
@@ -66,11 +66,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if variant is None:
         _keep(key, kernel, kernel[grid](*args, **options), len(args), options)
         return
-    compiled, rest, _ = variant
+    run, code, packed, rest, _ = variant
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-    stream = driver.get_current_stream(device)
-    code, packed = compiled.function, compiled.packed_metadata
-    compiled.run(x, y, z, stream, code, packed, None, None, None, *plain, *rest)
+    run(x, y, z, driver.get_current_stream(device), code, packed, None, None, None, *plain, *rest)
 
 
 def _is_ordinary(kernel: Any) -> bool:
@@ -101,7 +99,10 @@ def _look_up(args: tuple[Any, ...], index: int) -> tuple[list[Any], list[Any]] |
     for x in args:
         kind = x.__class__
         if kind is int:
-            traits.append(_specialised(x))
+            if x != 1 and -(2**31) <= x < 2**31:  # most are; a call takes as long as all this
+                traits.append(2 + (x & 15 == 0))
+            else:
+                traits.append(_specialised(x))
         elif x is None or kind is float or kind is bool:
             traits.append(kind)
         elif not isinstance(x, Tensor) or x.get_device() != index:
@@ -137,4 +138,6 @@ def _keep(
     if len(_variants) >= MOST_VARIANTS:
         _variants.clear()
     values = tuple(options[p.name] if p.name in options else p.default for p in rest)
-    _variants[key] = compiled, values, kernel
+    _variants[key] = (
+        compiled.run, compiled.function, compiled.packed_metadata, values, kernel
+    )  # fmt: skip

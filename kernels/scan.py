@@ -18,12 +18,24 @@ and `_combine` folds their partial statistics in fixed order.
 Bytes that must move: N * V * itemsize read, O(N K) besides.
 """
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E, ceil_div, is_aligned, power_of_2, programs_wanted, vector_width
+from . import lanes as threads
+from .common import (
+    ALIGNMENT,
+    LOG2_E,
+    ceil_div,
+    power_of_2,
+    programs_wanted,
+    rows_aligned,
+    vector_width,
+)
 from .lanes import LOWEST, lanes, load_lanes, move, top_of, words
 from .launch import launch
 
@@ -262,6 +274,28 @@ def _splits(rows: int, tiles: int, at_once: int) -> int:
     return min(power_of_2(wanted), 1 << max(tiles // 2, 1).bit_length() - 1, 64)
 
 
+@functools.lru_cache(maxsize=256)
+def _plan(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    on_boundary: bool,
+    vector: int,
+    k: int,
+    at_once: int,
+    tiles: tuple[tuple[int, int, int], ...],
+    warp: int,  # of `lanes`
+) -> tuple[int, int, dict[str, Any], dict[str, Any]]:
+    """Programs a row; warps, and what `_scan` and `_combine` are compiled with."""
+    batch, length, vocab = shape
+    warps, loads = next(tile[1:] for tile in tiles if vocab <= tile[0])
+    tile = lanes(vocab, vector, warps, loads)
+    of_row = ceil_div(vocab, tile["LOADS"] * tile["LANES"] * vector)
+    splits = _splits(batch * length, of_row, at_once)
+    options = dict(K=k, BLOCK_K=min(power_of_2(k), 256), SPLITS=splits)
+    aligned = on_boundary and rows_aligned(shape, strides, vector)
+    return splits, warps, {**options, "ALIGNED": aligned, **tile}, options
+
+
 def scan(
     logits: Tensor,  # [B, T, V] bfloat16, float16 or float32; last dimension contiguous
     ids: Tensor,  # [N, K] int32 or int64, contiguous
@@ -297,13 +331,12 @@ def _read(
     scale: float,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, length, vocab = logits.shape
+    shape, strides = logits.shape, logits.stride()
     rows, k = ids.shape
-    vector = vector_width(logits)
-    warps, loads = next(tile[1:] for tile in TILES if vocab <= tile[0])
-    tile = lanes(vocab, vector, warps, loads)
-    tiles = ceil_div(vocab, tile["LOADS"] * tile["LANES"] * vector)
-    splits = _splits(rows, tiles, programs_wanted(logits.device))
+    splits, warps, options, last = _plan(
+        shape, strides, logits.data_ptr() % ALIGNMENT == 0, vector_width(logits), k,
+        programs_wanted(logits.device), TILES, threads.WARP,
+    )  # fmt: skip
     new = dict(dtype=torch.float32, device=logits.device)
     gathered, log_probs = torch.empty(rows, k, **new), torch.empty(rows, k, **new)
     maximum, log_sum = torch.empty(rows, **new), torch.empty(rows, **new)
@@ -314,12 +347,9 @@ def _read(
         arguments = (
             logits, ids, labels, None if valid is None else valid.view(torch.uint8), gathered,
             log_probs, None if labels is None else of_labels, maximum, log_sum,
-            entropy if with_entropy else None, partials, *logits.stride()[:2], rows, length, vocab,
-            scale,
+            entropy if with_entropy else None, partials, *strides[:2], rows, *shape[1:], scale,
         )  # fmt: skip
-        options = dict(K=k, BLOCK_K=min(power_of_2(k), 256), SPLITS=splits)
-        tile["ALIGNED"] = is_aligned(logits, vector)
-        launch(_scan, (rows * splits,), *arguments, **options, **tile, num_warps=warps)
+        launch(_scan, (rows * splits,), *arguments, **options, num_warps=warps)
         if splits > 1:
-            launch(_combine, (rows,), *arguments, **options, num_warps=1)
+            launch(_combine, (rows,), *arguments, **last, num_warps=1)
     return gathered, log_probs, maximum, log_sum, entropy, of_labels

@@ -57,14 +57,14 @@ def test_a_gradient_off_by_a_hundredth_is_a_mismatch(
     monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     passes = passes_of(backend)
-    expand = passes.expand
+    expand_labels = passes.expand_labels
 
     def scaled(*arguments: Any) -> None:
-        expand(*arguments)
-        inspect.signature(expand).bind(*arguments).arguments["out"].mul_(1.01)
+        expand_labels(*arguments)
+        inspect.signature(expand_labels).bind(*arguments).arguments["out"].mul_(1.01)
 
     assert run("check", "--device", "cpu").exit_code == 0
-    monkeypatch.setattr(passes, "expand", scaled)
+    monkeypatch.setattr(passes, "expand_labels", scaled)
     done = run("check", "--device", "cpu")
     assert done.exit_code == 1
     assert done.output.count("MISMATCH") == 2

@@ -65,6 +65,26 @@ def test_a_label_outside_the_vocabulary(backend, on):
 
 
 @BACKENDS
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_gradient_of_labels(backend, on, masked, alike):
+    """alpha is minus beta; the slopes of a sum are one number, expanded."""
+    logits, labels, _, valid = draw(99, 1, torch.bfloat16)
+    labels[~valid] = -100
+    slope = torch.randn(14, generator=torch.Generator().manual_seed(1))
+    slope = slope[:1].expand(14) if alike else slope
+    run, logits, labels, slope = passes_of(backend), on(logits), on(labels), on(slope)
+    rows, places = on(valid) if masked else None, labels[:, None]
+    gathered, _, maximum, log_sum, _ = run.scan(logits, places.clamp(min=0), None, 0.7, False)
+    statistics = maximum, log_sum, gathered, rows
+    got, expected = (torch.full_like(logits, torch.nan) for _ in range(2))
+    run.expand_labels(logits, labels, *statistics, slope, 0.7, got)
+    beta = slope[:, None].contiguous()
+    run.expand(logits, places, *statistics, -slope.contiguous(), beta, 0.7, expected)
+    assert torch.equal(got, expected)
+
+
+@BACKENDS
 @SHAPES
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

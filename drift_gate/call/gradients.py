@@ -30,10 +30,43 @@ def expand(
     rank's words."""
     if shard.group:
         ids = own(shard, ids, logits.shape[2])
-    out = logits.detach() if inplace else empty(logits.shape, logits.dtype, logits.device)
+    out = room_for(logits, inplace)
     passes_of(backend).expand(
         logits, ids, maximum, log_sum, gathered, valid, alpha, beta, scale, out, gamma
     )
+    return written(logits, out, inplace)
+
+
+def expand_labels(
+    backend: str,
+    logits: Tensor,  # [B, T, V]
+    labels: Tensor,  # [N], counted from the first of all ranks' words
+    maximum: Tensor,  # [N], from scan, as the next two
+    log_sum: Tensor,  # [N]
+    gathered: Tensor,  # [N, 1]
+    valid: Tensor | None,  # [N]
+    slope: Tensor,  # [N]: d loss / d log p[label]
+    scale: float,
+    shard: Shard,
+    inplace: bool,
+) -> Tensor:
+    """scale * slope * (onehot(label) - softmax(z)) of this rank's words."""
+    if shard.group:
+        labels = own(shard, labels, logits.shape[2])
+    out = room_for(logits, inplace)
+    passes_of(backend).expand_labels(
+        logits, labels, maximum, log_sum, gathered, valid, slope, scale, out
+    )
+    return written(logits, out, inplace)
+
+
+def room_for(logits: Tensor, inplace: bool) -> Tensor:
+    """Where the gradient of the logits is to be written: the logits' own place, or a new one."""
+    return logits.detach() if inplace else empty(logits.shape, logits.dtype, logits.device)
+
+
+def written(logits: Tensor, out: Tensor, inplace: bool) -> Tensor:
+    """The gradient that was written to `out`, the room for it."""
     if inplace:
         overwritten(logits)
     return out

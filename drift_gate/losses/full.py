@@ -18,7 +18,6 @@ from ..options import Parallel, Reduction, refuse
 from ..outputs import LossOutput
 from ..parallel.agreement import meeting
 from ..passes.backends import passes_of, resolve
-from ..passes.memory import empty
 from ..passes.rules import GIVEN, Spacing, limit_of
 from .by_reference import by_reference
 
@@ -276,16 +275,12 @@ def _backward(
     _, table, _, _, valid, _, _, statistics = outputs
     upstream = gradients.row_gradient(table, grads)
     logits = x.logits
-    out = logits.detach()
-    if not x.inplace:
-        out = empty(logits.shape, logits.dtype, logits.device)
+    out = gradients.room_for(logits, x.inplace)
     passes_of(x.backend).divergence_grad(
         logits, x.teacher, statistics, valid, upstream, x.scale, x.teacher_scale, x.direction,
         x.beta, out,
     )  # fmt: skip
-    if x.inplace:
-        gradients.overwritten(logits)
-    return [out]
+    return [gradients.written(logits, out, x.inplace)]
 
 
 def _empty(x: Inputs) -> Tensors:

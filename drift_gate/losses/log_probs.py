@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..call import arguments
-from ..call.gradients import expand
+from ..call.gradients import expand, expand_labels
 from ..call.logits import as_batch, empty_scan, logits_like, writable
 from ..call.op import Op, Tensors
 from ..call.rows import NEVER
@@ -132,18 +132,16 @@ def _backward(
     _, _, valid, gathered, maximum, log_sum = outputs
     if grads[0] is None:
         return [None]
-    beta = grads[0].reshape(-1, 1)
     return [
-        expand(
+        expand_labels(
             x.backend,
             x.logits,
-            arguments.flat(x.labels)[:, None],
+            arguments.flat(x.labels),
             maximum,
             log_sum,
             gathered,
             valid,
-            -beta[:, 0],
-            beta.contiguous(),
+            grads[0].reshape(-1),
             x.scale,
             x.shard,
             x.inplace,

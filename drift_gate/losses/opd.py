@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..call import arguments, recording
 from ..call.finishing import Outcome, complete, empty_outcome
-from ..call.gradients import expand, row_gradient
+from ..call.gradients import expand_labels, row_gradient
 from ..call.logits import empty_scan, of_logits
 from ..call.op import Op, Tensors
 from ..call.rows import Gate, RowInputs, take_rows
@@ -214,18 +214,17 @@ def _backward(
 ) -> list[Tensor | None]:
     """One read and one write: alpha = dL/d logsumexp, beta = dL/d z[label] = -alpha."""
     _, table, _, _, valid, _, _, gathered, maximum, log_sum = outputs
-    beta = row_gradient(table, grads)
+    slope = row_gradient(table, grads)
     return [
-        expand(
+        expand_labels(
             x.backend,
             x.logits,
-            x.labels[:, None],
+            x.labels,
             maximum,
             log_sum,
             gathered,
             valid,
-            -beta,
-            beta[:, None],
+            slope,
             x.scale,
             x.shard,
             x.inplace,

@@ -9,7 +9,7 @@ from ..kernels import select as select_kernels
 from ..kernels import topk as topk_kernels
 from ..kernels.divergence import divergence
 from ..kernels.divergence_grad import divergence_grad
-from ..kernels.expand import expand
+from ..kernels.expand import expand, expand_labels
 from ..kernels.gather import gather as head_gather
 from ..kernels.scan import scan, scan_lists
 from ..kernels.sparse import by_word, sum_words, weigh_words
@@ -26,6 +26,7 @@ __all__ = [
     "divergence",
     "divergence_grad",
     "expand",
+    "expand_labels",
     "finish",
     "gather",
     "head_gather",

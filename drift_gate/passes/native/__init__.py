@@ -20,7 +20,7 @@ from .library import KINDS
 from .rows import finish, measured_rows, valid_rows, weigh
 from .sparse import by_word, sum_words
 from .topk import topk_rows, topk_support
-from .vocabulary import expand, gather, scan, scan_lists, select
+from .vocabulary import expand, expand_labels, gather, scan, scan_lists, select
 
 __all__ = [
     "KINDS",
@@ -28,6 +28,7 @@ __all__ = [
     "divergence",
     "divergence_grad",
     "expand",
+    "expand_labels",
     "finish",
     "gather",
     "head_gather",

@@ -150,3 +150,21 @@ def expand(
         ids.dtype is INT64, k, *at[:3], *words_at, at[3],
     )  # fmt: skip
     run("expand", job, n, logits.shape[2] + k)
+
+
+def expand_labels(
+    logits: Tensor,
+    labels: Tensor,  # [N]
+    maximum: Tensor,
+    log_sum: Tensor,
+    gathered: Tensor,  # [N, 1]
+    valid: Tensor | None,
+    slope: Tensor,  # [N]: d loss / d log p[label]
+    scale: float,
+    out: Tensor,
+) -> None:
+    """`expand` of a loss that is a function of the labels' log-probs: alpha = -beta."""
+    expand(
+        logits, labels[:, None], maximum, log_sum, gathered, valid, -slope, slope[:, None], scale,
+        out,
+    )  # fmt: skip

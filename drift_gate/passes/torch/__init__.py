@@ -9,13 +9,14 @@ from .rows import finish, measured_rows, valid_rows, weigh
 from .select import select
 from .sparse import by_word, head_gather, sum_words, weigh_words
 from .topk import masses, topk_rows, topk_support
-from .vocabulary import expand, gather, scan, scan_lists
+from .vocabulary import expand, expand_labels, gather, scan, scan_lists
 
 __all__ = [
     "by_word",
     "divergence",
     "divergence_grad",
     "expand",
+    "expand_labels",
     "finish",
     "gather",
     "head_gather",

@@ -130,6 +130,24 @@ def expand(
     _put_entries(out, ids, maximum, log_sum, gathered, valid, alpha, beta, scale, gamma)
 
 
+def expand_labels(
+    logits: Tensor,
+    labels: Tensor,  # [N]
+    maximum: Tensor,
+    log_sum: Tensor,
+    gathered: Tensor,  # [N, 1]
+    valid: Tensor | None,
+    slope: Tensor,  # [N]: d loss / d log p[label]
+    scale: float,
+    out: Tensor,
+) -> None:
+    """`expand` of a loss that is a function of the labels' log-probs: alpha = -beta."""
+    expand(
+        logits, labels[:, None], maximum, log_sum, gathered, valid, -slope, slope[:, None], scale,
+        out,
+    )  # fmt: skip
+
+
 def _slope(log_p: Tensor, alpha: Tensor, gamma: Tensor) -> Tensor:
     """alpha + gamma log p; where p is 0 the product with it is to be 0."""
     return log_p.clamp(min=LEAST).mul_(gamma).add_(alpha)
