@@ -102,7 +102,7 @@ def take_rows(
     base = "labels" if labelled else name  # what row data are compared with
     normalizer: Collector | None = None
     rule: DriftGate | Tensor | None
-    if isinstance(gate, Collector):
+    if not isinstance(gate, DriftGate) and isinstance(gate, Collector):  # an ABC: in Python
         normalizer, rule = gate if trains and torch.is_grad_enabled() else None, gate.gate
     else:
         rule = gate
