@@ -156,11 +156,12 @@ def test_heads_of_different_words(direction, backend):
 
 
 @EACH_FORM
-def test_drifts_however_large(form):
-    """Chunks drift by 1e30 nats, by 300, and by 0: the last one alone weighs."""
+@pytest.mark.parametrize("largest", [1e30, torch.inf])
+def test_drifts_however_large(form, largest):
+    """Chunks drift by 1e30 or infinite nats, by 300, and by 0: the last one alone weighs."""
     problem = draw_head(form, 192, softcap=None).to(torch.float64)
     log_probs, _ = dg.linear_token_log_probs(problem.hidden, problem.head, problem.rest[0])
-    problem.rest[1] = log_probs + torch.tensor([1e30, 300.0, 0.0]).repeat_interleave(64)
+    problem.rest[1] = log_probs + torch.tensor([largest, 300.0, 0.0]).repeat_interleave(64)
     options = {"chunk_size": 64, "estimator": "k1"} if form == "opd" else {"chunk_size": 64}
     got, grads = run_head(problem, "torch", **options)
     expected, true_grads = run_head(problem, "reference", **options)
