@@ -93,6 +93,15 @@ def test_every_loss_says_it(name, options, dtype, backend):
     assert of(name, problem, backend, **{**options, "gate": None}) > 1e-4
 
 
+@EACH_FUSED
+def test_a_label_that_is_ruled_out_has_no_rounding_of_its_own(backend):
+    problem = draw_full(2, 30, 300, dtype=torch.float16)
+    ruled_out = torch.where(problem.labels < 0, 0, problem.labels)[..., None]
+    problem.logits = problem.logits.detach().scatter(-1, ruled_out, -torch.inf)
+    found, expected = (of("full_loss", problem, x, gate=None) for x in (backend, "reference"))
+    assert found == pytest.approx(expected, rel=1e-4) and found > 1e-4
+
+
 @pytest.mark.parametrize("support", ["renormalized", "tail"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("softcap", [None, 6.0])

@@ -173,7 +173,8 @@ def _unit_mean(a: Tensor, valid: Tensor, tau: float, groups: Segments | None) ->
 def _spaced(z: Tensor, spacing: Spacing) -> Tensor:
     """How far apart logits lie at z; 0 at infinities."""
     size = (z / spacing.scale).abs() * SNAP
-    exponent = torch.frexp(torch.where(size.isinf(), 0, size)).exponent - 1 - spacing.bits
+    size = torch.where(size.isinf(), 0, size)
+    exponent = torch.frexp(size).exponent - 1 - spacing.bits
     return torch.where(size > 0, torch.ldexp(torch.ones_like(z), exponent), 0) * spacing.scale
 
 
