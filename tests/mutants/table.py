@@ -301,7 +301,7 @@ C = [
     _native("a tile's sums not moved", "sums.h", "factor * a.sum,", "a.sum,"),
     _native("a tile's mean not moved", "sums.h", "(a.mean + by * a.sum)", "a.mean"),
     _native("a tile's moment not moved", "sums.h", "a.moment + (by - other_by) * a.u.sum", "a.moment"),
-    _native("a word that the other lacks", "sums.h", "if (all.missing && loss == loss)", "if (all.missing > 1)"),
+    _native("a word that the other lacks", "sums.h", "if (all.missing && loss == loss)", "if (all.missing > 1)", tests="tests/test_full_loss_special.py -k minus_infinity"),
     _native("jsd's weights swapped", "sums.h", "(1 - beta) * divergence + beta * other_divergence", "beta * divergence + (1 - beta) * other_divergence"),
     _native("jsd's slope not weighed", "sums.h", "factor *= 1 - beta, ", ""),
     _native("jsd's mixture by the wrong ratio", "sums.h", "mass_ratio(log_sum, other_log_sum);", "mass_ratio(other_log_sum, log_sum);"),
