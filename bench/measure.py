@@ -7,6 +7,8 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from . import internals
 __all__ = [
     "Memory",
     "available_bytes",
+    "device_here",
     "device_name",
     "environment",
     "peak_bytes",
@@ -26,6 +29,19 @@ __all__ = [
     "seconds",
     "slug",
 ]
+
+
+@contextmanager
+def device_here() -> Iterator[torch.device]:
+    """The GPU; or the CPU, where kernels that are imported from now on are interpreted."""
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    from ..fuzz import interpreter  # Triton's, which reads the variable
+
+    with interpreter.corrected():
+        yield torch.device("cpu")
 
 
 def slug(name: str) -> str:

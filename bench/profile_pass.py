@@ -15,7 +15,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .inputs import draw
-from .sweep import device_here, sweeps
+from .measure import device_here
+from .sweep import sweeps
 
 LAUNCHES = 3
 
@@ -40,8 +41,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("profile.txt"))
     parser.add_argument("--plain", action="store_true", help="run it, and profile nothing")
     arguments = parser.parse_args()
+    with device_here() as device:
+        profile_slowest(arguments, device)
+
+
+def profile_slowest(arguments: argparse.Namespace, device: torch.device) -> None:
     name = slowest(arguments.sweep)
-    device = device_here()
     on_gpu = device.type == "cuda"
     sweep = next(s for s in sweeps(small=not on_gpu) if s.module == name)
     module = importlib.import_module(f"drift_gate.kernels.{name}")

@@ -15,7 +15,6 @@ import importlib
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from . import floors, timing
 from .cases import Case
 from .inputs import Work, draw, draw_rows
 from .internals import GateRule, PositionRule, ReduceRule, RowData
-from .measure import environment, quartiles
+from .measure import device_here, environment, quartiles
 
 Options = dict[str, Any]
 OPTIONS = ("num_warps", "num_stages")  # of a launch; the rest are constants of the module,
@@ -363,14 +362,6 @@ def _shown(result: dict[str, Any]) -> str:
     return f"{1e3 * result['seconds']:.4g} ms ({fraction:.3f} of copy) with {settings}"
 
 
-def device_here() -> torch.device:
-    """The GPU; or the CPU, where kernels that are imported from now on are interpreted."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    os.environ["TRITON_INTERPRET"] = "1"
-    return torch.device("cpu")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=120, help="for all passes together")
@@ -379,7 +370,12 @@ def main() -> None:
     parser.add_argument("--add", action="store_true", help="to what the file has already")
     parser.add_argument("--small", action="store_true", help="tiny inputs, as without a GPU")
     arguments = parser.parse_args()
-    device = device_here()
+    with device_here() as device:
+        run_all(arguments, device)
+
+
+def run_all(arguments: argparse.Namespace, device: torch.device) -> None:
+    """Each pass for its share of the time that is left; the file has what was measured so far."""
     wanted, small = arguments.only, arguments.small or device.type != "cuda"
     chosen = [s for s in sweeps(small) if not wanted or s.module in wanted]
     end = time.monotonic() + arguments.seconds

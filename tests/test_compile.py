@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif(KERNELS == "interpret", reason="interpreted kernels do not compile"),
     pytest.mark.parametrize("target", TARGETS),
 ]
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 ROWS = 4
 ALIGNED, ODD = 151_936, 50_257  # Qwen3; GPT-2, whose rows start anywhere
 SHORT = 32_000  # Llama 2: rows of smaller programs
@@ -64,7 +65,7 @@ def test_scan(target, dtype, vocab):
     result = compiled(target, "_scan", lambda: scan(logits, ids, valid, 1.0, True))
     # 128 registers leave 16 warps a multiprocessor, each with 4 loads of 16 bytes a thread.
     # Triton 3.5 takes 68 on AMD, which leave 7 waves a SIMD in the place of 8.
-    few = 72 if target.startswith("gfx") and triton.__version__.startswith("3.5.") else 64
+    few = 72 if target.startswith("gfx") and TRITON < (3, 6) else 64
     assert_streams(result, 128 if vocab == ODD else few)
 
 
@@ -87,10 +88,12 @@ def test_select(target, dtype, vocab):
         select(logits, 64, valid, 1.0)
     bounds, candidates, exactly, _ = (report(launch.kernel) for launch in launches)
     assert [x.spill_bytes for x in (bounds, candidates, exactly)] == [0, 0, 0]
-    # Four programs of 8 warps a multiprocessor; of float32, which need no conversion, three.
-    assert bounds.registers <= (64 if dtype == torch.bfloat16 else 80)
     assert bounds.widest_load >= 128
-    assert candidates.registers <= 64
+    # Four programs of 8 warps a multiprocessor; of float32, which need no conversion, three.
+    # Triton before 3.7 takes up to 83 and 128: two.
+    few = (64 if dtype == torch.bfloat16 else 80), 64
+    most = few if TRITON >= (3, 7) else (96, 128)
+    assert bounds.registers <= most[0] and candidates.registers <= most[1]
 
 
 @EACH_VOCAB
@@ -182,7 +185,9 @@ def test_sparse(target, dtype, k):
         found = report(launch.kernel)
         if launch.name == "_gather_slice":  # of one warp, whose barriers take no time
             found = dataclasses.replace(found, barriers_in_loops=0)
-        assert_streams(found, 128)
+        # Triton 3.5 takes 171 on AMD for one kernel: two waves a SIMD in the place of four.
+        old = target.startswith("gfx") and TRITON < (3, 6)
+        assert_streams(found, 192 if old else 128)
 
 
 @EACH_VOCAB

@@ -23,8 +23,8 @@ _LOAD, _STORE, _ATOMIC = 1, 2, 4
 def corrected() -> Iterator[None]:
     """Round float32 to bfloat16 to nearest even, and let `range` take tensors with new numpy.
 
-    Triton 3.6 to 3.9 cut the low bits off instead of rounding. Triton 3.6 converts scalars, which
-    are arrays of shape [1], in a way that numpy 2.4 no longer allows.
+    Triton up to 3.9 cuts the low bits off instead of rounding. Triton 3.5 and 3.6 convert scalars,
+    which are arrays of shape [1], in a way that numpy 2.4 no longer allows.
     """
     builder = interpreter.InterpreterBuilder
     previous = builder.cast_impl, builder.create_fp_to_fp
