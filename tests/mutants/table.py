@@ -323,6 +323,8 @@ C = [
     _native("one id beyond the last word", "scan.h", "id >= job->vocab", "id > job->vocab", tests=GUARDED),
     _native("a label beyond the teacher's words", "divergence.h", "label >= job->vocab", "label > job->vocab", tests=GUARDED),
     _native("an entry beyond the words written", "expand.h", "id < job->vocab", "id <= job->vocab", tests=GUARDED),
+    _native("a word's owner in the row before", "lists.h", "*place >= begin", "*place > 0", tests=LISTED),
+    _native("a word listed again is overwritten", "expand.h", "again = 1;", "again = 0;", tests=LISTED),
     _native("a table that loses entries", "lists.h", "slot = (slot + 1) & last", "slot = slot & last, of.slots[slot] = 0"),
     _native("rows between tasks left out", "rows.c", "rows - first < size ? rows : first + size", "rows - first < size ? rows : first + size - 1"),
     _native_select("zeros of both signs apart", "candidates.h", "logit = logit == 0 ? 0 : logit;", ";"),

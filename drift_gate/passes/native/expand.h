@@ -56,18 +56,51 @@ static void NAME(entry_values)(int64_t words, float of_softmax, float gamma, flo
     }
 }
 
+/* The first entry with the word of entry k, from k on back. */
+INLINE int64_t NAME(owner)(struct entries room, struct table found, const void *ids, int64_t wide,
+                           int64_t id, int64_t at, int64_t k)
+{
+    return room.owners ? owner_of(room.owners + id, at + 1, k) : first_entry(found, ids, wide, k);
+}
+
+/* scale * beta at the listed words of a row whose alpha is 0; returns whether one is listed again,
+which `put_entries` must see to. */
+static int NAME(put_betas)(const struct expand *job, int64_t row, struct entries room)
+{
+    int64_t words = job->words, wide = job->wide, vocab = job->vocab, at = row * words;
+    int64_t begin = start(job->out, row), again = 0;
+    const void *ids = (const char *)job->ids + at * (wide ? 8 : 4);
+    const float *beta = job->beta + at;
+    float scale = (float)job->scale;
+    struct rows out = job->out;
+    struct table found = {0};
+    if (words > 1 && !room.owners)
+        found = cleared(room.slots, words);
+    for (int64_t k = 0; k < words; k++) {
+        int64_t id = id_at(ids, wide, k);
+        if (id < 0 || id >= vocab)
+            continue;
+        if (words > 1 && NAME(owner)(room, found, ids, wide, id, at, k) != k)
+            again = 1;
+        else
+            NAME(put_at)(out, begin + id, beta[k] * scale);
+    }
+    return again != 0;
+}
+
 /* Overwrite the listed words of a row, whose logits it does not read: `out` may have their place.
 Entries with the same id receive the sum of their betas. */
 static void NAME(put_entries)(const struct expand *job, int64_t row, struct entries room)
 {
     int64_t words = job->words, at = row * words;
     const void *ids = (const char *)job->ids + at * (job->wide ? 8 : 4);
-    struct table found;
-    if (words > 1)
+    struct table found = {0};
+    if (words > 1 && !room.owners)
         found = cleared(room.slots, words);
     for (int64_t k = 0; k < words; k++) {
-        int64_t id = id_at(ids, job->wide, k), listed = id >= 0 && id < job->vocab;
-        int64_t owner = words > 1 && listed ? first_entry(found, ids, job->wide, k) : k;
+        int64_t id = id_at(ids, job->wide, k), listed = id >= 0 && id < job->vocab, owner = k;
+        if (words > 1 && listed)
+            owner = NAME(owner)(room, found, ids, job->wide, id, at, k);
         room.sum[k] = job->beta[at + k];
         room.place[k] = listed && owner == k ? id : -1;
         if (owner != k)
@@ -83,9 +116,10 @@ static void NAME(put_entries)(const struct expand *job, int64_t row, struct entr
         for (int64_t k = 0; k < words; k++)
             room.value[k] = room.sum[k] * (float)job->scale;
     }
+    int64_t begin = start(job->out, row);
     for (int64_t k = 0; k < words; k++)
         if (room.place[k] >= 0)
-            NAME(put_word)(job->out, row, room.place[k], room.value[k]);
+            NAME(put_at)(job->out, begin + room.place[k], room.value[k]);
 }
 
 /* Rows whose softmax is not wanted. */
@@ -99,7 +133,7 @@ int64_t NAME(expand)(const void *given, int64_t first, int64_t last)
 {
     const struct expand *job = given;
     struct entries room;
-    if (!room_for(job->words, &room))
+    if (!room_for(job->words, job->vocab, &room))
         return NO_MEMORY;
     for (int64_t row = first; row < last;) {
         int64_t next = row;
@@ -110,8 +144,9 @@ int64_t NAME(expand)(const void *given, int64_t first, int64_t last)
             NAME(softmax_row)(job, next++);
         for (; row < next; row++)
             if (!job->valid || job->valid[row])
-                NAME(put_entries)(job, row, room);
+                if (job->alpha || NAME(put_betas)(job, row, room))
+                    NAME(put_entries)(job, row, room);
     }
-    free(room.slots);
+    free(room.slots), free(room.owners);
     return 0;
 }

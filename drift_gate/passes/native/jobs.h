@@ -102,14 +102,19 @@ struct entries {
     int32_t *slots; /* of a table; the others follow in the same block */
     float *sum, *value;
     int64_t *place;
+    int64_t *owners; /* in the place of the table: see `owner_of`; NULL where words are many */
 };
 
-static int room_for(int64_t words, struct entries *room)
+static int room_for(int64_t words, int64_t vocab, struct entries *room)
 {
     size_t n = (size_t)words, slots = (size_t)slots_for(words);
+    int direct = words > 1 && vocab <= FEW_OWNERS;
     room->slots = malloc(slots * sizeof(int32_t) + n * (sizeof(int64_t) + 2 * sizeof(float)));
-    if (!room->slots)
+    room->owners = direct ? calloc((size_t)vocab, sizeof *room->owners) : NULL;
+    if (!room->slots || (direct && !room->owners)) {
+        free(room->slots), free(room->owners);
         return 0;
+    }
     room->place = (int64_t *)(room->slots + slots); /* slots are even in number */
     room->sum = (float *)(room->place + n);
     room->value = room->sum + n;

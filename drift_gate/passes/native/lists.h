@@ -14,6 +14,18 @@ static void put_id(void *ids, int64_t wide, int64_t at, int64_t id)
         ((int32_t *)ids)[at] = (int32_t)id;
 }
 
+enum { FEW_OWNERS = 4096 }; /* words, whose owners the first level of the cache holds */
+
+/* The first entry of a list with a word: an earlier one, or k itself. `place` is the word's, 0 at
+first, and `begin` of each list is beyond all entries of those before: nothing is cleared. */
+static int64_t owner_of(int64_t *place, int64_t begin, int64_t k)
+{
+    if (*place >= begin)
+        return *place - begin;
+    *place = begin + k;
+    return k;
+}
+
 /* Entries of a list by their ids, a hash table: each slot holds an entry's number + 1, or 0. */
 struct table {
     int32_t *slots;

@@ -9,7 +9,7 @@ modules that call them. A row is summed by one thread in one order: the same bit
 #include <string.h>
 
 enum { BFLOAT16, FLOAT16, FLOAT32 };
-enum { TILE = 2048, LANES = 64 };
+enum { TILE = 2048, LANES = 64, SHORT_LANES = 32 };
 enum { NO_MEMORY = -1 }; /* functions return this, 0, or what is wrong with their arguments */
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline)) /* or loops do not become vectors */

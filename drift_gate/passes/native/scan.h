@@ -1,20 +1,21 @@
 /* Statistics of rows, and their listed words. */
 
 /* z[ids] of a row; returns the entry + 1 of the first id outside the vocabulary, or 0; for a label
-LABELS and its row + 1. */
-static int64_t NAME(gather_row)(const struct scan *job, int64_t row)
+LABELS and its row + 1. Products with the scale are rounded, as nothing else is done here. */
+static APART int64_t NAME(gather_row)(const struct scan *job, int64_t row)
 {
+    int64_t begin = start(job->logits, row);
     for (int64_t k = 0; k < job->words; k++) {
         int64_t at = row * job->words + k, id = id_at(job->ids, job->wide, at);
         if (id < 0 || id >= job->vocab)
             return at + 1;
-        job->gathered[at] = NAME(word)(job->logits, row, id, (float)job->scale);
+        job->gathered[at] = NAME(word_at)(job->logits, begin + id, (float)job->scale);
     }
     if (job->labels) {
         int64_t label = id_at(job->labels, job->labels_wide, row);
         if (label < 0 || label >= job->vocab)
             return LABELS + row + 1;
-        job->of_labels[row] = NAME(word)(job->logits, row, label, (float)job->scale);
+        job->of_labels[row] = NAME(word_at)(job->logits, begin + label, (float)job->scale);
     }
     return 0;
 }

@@ -41,10 +41,9 @@ static void NAME(store)(struct rows out, int64_t row, int64_t at, int64_t n,
     }
 }
 
-/* scale * row[word], rounded: no compiler makes one operation of the product and what follows. */
-static APART float NAME(word)(struct rows x, int64_t row, int64_t word, float scale)
+/* scale * x[at] */
+INLINE float NAME(word_at)(struct rows x, int64_t at, float scale)
 {
-    int64_t at = start(x, row) + word;
     if (x.kind == BFLOAT16)
         return NAME(from_bits)((uint32_t)((const uint16_t *)x.data)[at] << 16) * scale;
     if (x.kind == FLOAT16)
@@ -52,9 +51,14 @@ static APART float NAME(word)(struct rows x, int64_t row, int64_t word, float sc
     return ((const float *)x.data)[at] * scale;
 }
 
-static void NAME(put_word)(struct rows out, int64_t row, int64_t word, float value)
+/* scale * row[word], rounded: no compiler makes one operation of the product and what follows. */
+static APART float NAME(word)(struct rows x, int64_t row, int64_t word, float scale)
 {
-    int64_t at = start(out, row) + word;
+    return NAME(word_at)(x, start(x, row) + word, scale);
+}
+
+INLINE void NAME(put_at)(struct rows out, int64_t at, float value)
+{
     if (out.kind == BFLOAT16)
         ((uint16_t *)out.data)[at] = NAME(to_brain)(value);
     else if (out.kind == FLOAT16)
@@ -63,43 +67,11 @@ static void NAME(put_word)(struct rows out, int64_t row, int64_t word, float val
         ((float *)out.data)[at] = value;
 }
 
-static float NAME(largest)(const float *restrict tile, int64_t n)
-{
-    float lane[LANES];
-    for (int64_t l = 0; l < LANES; l++)
-        lane[l] = -INFINITY;
-    for (int64_t i = 0; i < n; i += LANES)
-        for (int64_t l = 0; l < LANES; l++)
-            lane[l] = tile[i + l] > lane[l] ? tile[i + l] : lane[l];
-    for (int64_t half = LANES / 2; half > 0; half /= 2)
-        for (int64_t l = 0; l < half; l++)
-            lane[l] = lane[half + l] > lane[l] ? lane[half + l] : lane[l];
-    return lane[0];
-}
-
-static double NAME(total)(const float *restrict lane)
-{
-    double sum[LANES];
-    for (int64_t l = 0; l < LANES; l++)
-        sum[l] = lane[l];
-    for (int64_t half = LANES / 2; half > 0; half /= 2)
-        for (int64_t l = 0; l < half; l++)
-            sum[l] += sum[half + l];
-    return sum[0];
-}
-
 /* z less its largest, at least LOWEST: -inf times a mass of 0 is then 0. NaN stays. */
 INLINE float NAME(centred)(float z, float top)
 {
     float x = z - top;
     return x < LOWEST ? LOWEST : x;
-}
-
-/* The largest z of a tile; no sums yet. */
-static struct mass NAME(empty_mass)(const float *restrict z, int64_t n)
-{
-    float top = NAME(largest)(z, n);
-    return (struct mass){top, top < LOWEST ? LOWEST : top, 0, 0};
 }
 
 /* sum exp(z - shift) (z - shift) */
