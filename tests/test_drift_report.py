@@ -74,7 +74,7 @@ def test_trials_alone_choose_nothing_before_they_are_over(study: Path) -> None:
     found = json.loads(files.as_json(drift_report.collect(study)))
     text = "\n".join(drift_report.section(found))
     assert "not over" in text
-    assert "1 runs to go" in text
+    assert "1 to go" in text
     assert not list(drift_pictures.drawn(found))
 
 
@@ -84,7 +84,7 @@ def test_a_finished_study_judges_its_main_comparisons(study: Path) -> None:
     found = json.loads(files.as_json(drift_report.collect(study)))
     assert found["bands"] == {"large": CHOSEN.name}
     verdicts = {
-        row["name"]: drift_report.verdict(row["gain"]["pass@8"]["interval"])
+        row["name"]: drift_report.judged(row, found["comparisons"])
         for row in found["comparisons"]
         if row["main"] and row["band"] == "large"
     }
@@ -131,11 +131,25 @@ def test_the_page_and_its_pictures_come_from_the_results(study: Path) -> None:
         ([-0.2, -0.001], "against it"),
         ([-0.019, 0.02], "no gain to speak of"),
         ([-0.03, 0.02], "undecided"),
-        (None, "one seed: no interval"),
     ],
 )
-def test_verdicts_are_the_plans(interval: list[float] | None, words: str) -> None:
+def test_verdicts_are_the_plans(interval: list[float], words: str) -> None:
     assert drift_report.verdict(interval) == words
+
+
+def test_no_verdict_before_all_seeds() -> None:
+    def row(seeds: int, *interval: float) -> dict[str, Any]:
+        gain = {"pass@8": dict(mean=0.1, interval=list(interval))}
+        return dict(main=True, band="small", seeds=seeds, gain=gain)
+
+    narrow, wide = row(8, 0.01, 0.03), row(8, 0.01, 0.06)
+    assert drift_report.judged(narrow, [narrow]) == "for the gate"
+    assert drift_report.judged(narrow, [narrow, wide]) == "wide: 8 more seeds to go"
+    assert drift_report.judged(row(5, 0.01, 0.03), [narrow]) == "3 seeds to go"
+    wide["seeds"] = narrow["seeds"] = 16
+    assert drift_report.judged(wide, [narrow, wide]) == "for the gate"
+    assert drift_report.judged({**narrow, "main": False}, [narrow]) == ""
+    assert drift_report.judged({**narrow, "band": "default"}, [narrow]) == ""
 
 
 def test_the_page_shows_the_committed_results() -> None:

@@ -71,9 +71,15 @@ def collect(root: Path) -> dict[str, Any]:
 
 def _trial(setting: plan.Setting, work: Work, before: float) -> dict[str, Any]:
     done = [job for job in jobs(work.settings) if work.done(job.key) is not None]
-    left = unfinished([Task(job, work) for job in jobs(work.settings)])
+    left = len(unfinished([Task(job, work) for job in jobs(work.settings)]))
+    if not plan.stands(work, before):
+        outcome = "dropped"
+    elif left:
+        outcome = f"{left} to go"
+    else:
+        outcome = "qualifies" if plan.in_bands(work) else "its drift is in no band"
     return dict(
-        name=setting.name, **setting._asdict(), stands=plan.stands(work, before), left=len(left),
+        name=setting.name, **setting._asdict(), outcome=outcome,
         runs=[
             dict(
                 variant=job.variant.name, seed=job.seed,
@@ -181,16 +187,27 @@ def _collapse(root: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def verdict(interval: list[float] | None) -> str:
+def verdict(interval: list[float]) -> str:
     """What the plan makes of an interval of the main comparison."""
-    if interval is None:
-        return "one seed: no interval"
     low, high = interval
     if low > 0:
         return "for the gate"
     if high < 0:
         return "against it"
     return "no gain to speak of" if low >= -NONE and high <= NONE else "undecided"
+
+
+def judged(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The verdict on a main comparison of a band once it has all its seeds; "" on others."""
+    if not row["main"] or row["band"] not in plan.BANDS:
+        return ""
+    if row["seeds"] < plan.SEEDS:
+        return f"{plan.SEEDS - row['seeds']} seeds to go"
+    same = [other for other in rows if other["main"] and other["band"] == row["band"]]
+    intervals = [other["gain"][METRICS[0]]["interval"] for other in same]
+    if any(high - low > plan.WIDE for low, high in intervals) and row["seeds"] < 2 * plan.SEEDS:
+        return f"wide: {2 * plan.SEEDS - row['seeds']} more seeds to go"
+    return verdict(row["gain"][METRICS[0]]["interval"])
 
 
 def section(found: dict[str, Any] | None) -> list[str]:
@@ -230,13 +247,10 @@ def _trials_table(found: dict[str, Any]) -> list[str]:
         for figure in ("accuracy", "drift"):
             for loss in plan.LOSSES:
                 values = [run[figure] for run in trial["runs"] if run["variant"] == loss]
-                cells.append(", ".join(f"{value:.2f}" for value in values))
-        if trial["name"] in taken:
-            cells.append(f"chosen: {taken[trial['name']]} drift")
-        elif not trial["stands"]:
-            cells.append("dropped")
-        else:
-            cells.append(f"{trial['left']} runs to go" if trial["left"] else "all runs")
+                form = ".2f" if figure == "accuracy" else ".3f"
+                cells.append(", ".join(f"{value:{form}}" for value in values))
+        band = taken.get(trial["name"])
+        cells.append(f"chosen: {band} drift" if band else trial["outcome"])
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -255,13 +269,14 @@ def _comparison_lines(found: dict[str, Any]) -> list[str]:
         cells = [row["band"], row["name"], row["against"], str(row["seeds"])]
         cells += [f"{row['means'][0][METRICS[0]]:.3f}", *(_gain(gain[m]) for m in METRICS)]
         cells += [f"{row['drift']:.3f}", f"{row['even']:.1%}"]
-        judged = row["main"] and row["band"] in plan.BANDS
-        cells.append(verdict(gain[METRICS[0]]["interval"]) if judged else "")
+        cells.append(judged(row, found["comparisons"]))
         lines.append(f"| {' | '.join(cells)} |")
     several = [row["gain"][m]["interval"] for row in found["comparisons"] for m in METRICS]
     known = [interval for interval in several if interval]
     above = sum(low > 0 for low, _ in known)
     below = sum(high < 0 for _, high in known)
+    if not known:
+        return [*lines, "", "One seed has no interval: nothing follows from it yet."]
     lines += [
         "",
         f"Of {len(known)} intervals {above} lie above 0 and {below} below; of so many without any "

@@ -115,6 +115,21 @@ def stands(work: Work, before: float) -> bool:
     )
 
 
+def drifts(work: Work) -> dict[str, float]:
+    """The mean drift of each loss, over the seeds that are finished; nats."""
+    found: dict[str, list[float]] = {}
+    for job in jobs(work.settings):
+        if work.done(job.key) is not None:
+            found.setdefault(job.variant.name, []).append(drift(work, job.key))
+    return {loss: float(np.mean(values)) for loss, values in found.items()}
+
+
+def in_bands(work: Work) -> bool:
+    """Whether the drift of every loss lies in one of the bands."""
+    low, high = BANDS["small"][0], BANDS["large"][1]
+    return all(low <= value <= high for value in drifts(work).values())
+
+
 def select(root: Path, workers: int) -> None:
     """Part 1: seeds and losses one after the other, in those settings that may still qualify."""
     trials = selection(root)
@@ -142,15 +157,10 @@ def chosen(root: Path) -> dict[str, Setting]:
         everything = jobs(work.settings)
         if unfinished([Task(job, work) for job in everything]):
             raise ValueError(f"part 1 is not finished: {work.out}")
-        drifts = {
-            loss: np.mean([drift(work, j.key) for j in everything if j.variant.name == loss])
-            for loss in LOSSES
-        }
-        low, high = BANDS["small"][0], BANDS["large"][1]
-        if not all(low <= value <= high for value in drifts.values()):
+        if not in_bands(work):
             continue
         value = np.mean([accuracy(work, job.key) for job in everything])
-        mean = np.mean(list(drifts.values()))
+        mean = np.mean(list(drifts(work).values()))
         band = next(name for name, (_, top) in BANDS.items() if mean < top or name == "large")
         if band not in best or value > best[band][0]:
             best[band] = value, setting
