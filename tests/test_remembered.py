@@ -65,7 +65,9 @@ def test_every_option_is_changed_below():
     assert set(CLIPS) == {field.name for field in dataclasses.fields(Clip)}
 
 
-@pytest.mark.parametrize(("check", "name", "base", "value"), CHANGES, ids=lambda x: str(x)[:24])
+@pytest.mark.parametrize(
+    ("check", "name", "base", "value"), CHANGES, ids=lambda x: getattr(x, "__name__", str(x)[:24])
+)
 def test_an_option_that_differs_is_another_key(check, name, base, value):
     other = changed(base, name, value, check)
     for options in (base, other, base, other):  # the second time they are there

@@ -25,20 +25,13 @@ FEW = 3  # rollout batches that a point of a curve is the mean of
 def drawn(found: Found) -> Iterator[tuple[str, str, Figure]]:
     """Name, what it shows in words, and figure, of each picture that the results suffice for."""
     rows = [row for row in found["comparisons"] if row["gain"][METRICS[0]]["interval"]]
-    if rows:
-        yield "gain", "Gain in pass@8 of each comparison against the mean drift", gains(rows)
-    if found["runs"]:
-        yield (
-            "training",
-            "Share of prompts solved over training, with and without a gate",
-            training(found),
-        )
-    if "collapse" in found:
-        yield (
-            "weights",
-            "Gate weights by position and epoch in the run that fell furthest",
-            weights(found),
-        )
+    if not rows:  # of one seed nothing is shown
+        return
+    yield "gain", "Gain in pass@8 of each comparison against the mean drift", gains(rows)
+    alt = "Share of prompts solved over training, with and without a gate"
+    yield "training", alt, training(found)
+    alt = "Gate weights by position and epoch in the run that fell furthest"
+    yield "weights", alt, weights(found)
 
 
 def gains(rows: list[dict[str, Any]]) -> Figure:

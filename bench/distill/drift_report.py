@@ -256,27 +256,25 @@ def _trials_table(found: dict[str, Any]) -> list[str]:
 
 
 def _comparison_lines(found: dict[str, Any]) -> list[str]:
-    if not found["comparisons"]:
-        return ["", "No comparison is finished."]
+    rows = [row for row in found["comparisons"] if row["gain"][METRICS[0]]["interval"]]
+    if not rows:
+        return ["", "No comparison has two seeds yet, and one has no interval: none is shown."]
     lines = [
         "",
         "| drift | | against | seeds | pass@8 | gain, pass@8 | gain, accuracy "
         "| drift, nats | weights even to | |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(found["comparisons"], key=lambda row: not row["main"]):
+    for row in sorted(rows, key=lambda row: not row["main"]):
         gain = row["gain"]
         cells = [row["band"], row["name"], row["against"], str(row["seeds"])]
         cells += [f"{row['means'][0][METRICS[0]]:.3f}", *(_gain(gain[m]) for m in METRICS)]
         cells += [f"{row['drift']:.3f}", f"{row['even']:.1%}"]
-        cells.append(judged(row, found["comparisons"]))
+        cells.append(judged(row, rows))
         lines.append(f"| {' | '.join(cells)} |")
-    several = [row["gain"][m]["interval"] for row in found["comparisons"] for m in METRICS]
-    known = [interval for interval in several if interval]
+    known = [row["gain"][m]["interval"] for row in rows for m in METRICS]
     above = sum(low > 0 for low, _ in known)
     below = sum(high < 0 for _, high in known)
-    if not known:
-        return [*lines, "", "One seed has no interval: nothing follows from it yet."]
     lines += [
         "",
         f"Of {len(known)} intervals {above} lie above 0 and {below} below; of so many without any "
@@ -286,8 +284,6 @@ def _comparison_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _gain(figure: dict[str, Any]) -> str:
-    if figure["interval"] is None:
-        return f"{figure['mean']:+.3f}"
     return f"{figure['mean']:+.3f} ({report.interval(figure, '+.3f')})"
 
 
