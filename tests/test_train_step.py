@@ -41,7 +41,9 @@ def test_each_loss_has_the_gradient_of_the_eager_one(measured: dict[str, Result]
         if entry.unit and entry.name in measured:
             found, eager = (measured[name].step for name in (entry.name, entry.unit))
             assert found is not None and eager is not None
-            assert found["gradient_norm"] == pytest.approx(eager["gradient_norm"], rel=0.01)
+            # TRL's function takes bfloat16 logits' log-softmax in bfloat16.
+            near = 1e-3 if entry.name in OURS else 0.05
+            assert found["gradient_norm"] == pytest.approx(eager["gradient_norm"], rel=near)
             assert found["loss"] == pytest.approx(eager["loss"], abs=0.01)
 
 
