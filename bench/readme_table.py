@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import chunks, growth, short_table, step_report, targets
+from . import chunks, growth, pages, short_table, step_report, targets
 from .plots import save
 from .record import Result, read
 
@@ -47,9 +47,7 @@ def pictures(results: list[Result]) -> list[Path]:
 
 def between_marks(path: Path, text: str) -> str:
     """The file's text with `text` between its marks."""
-    before, rest = path.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{text}{END}{after}"
+    return pages.between(path, BEGIN, END, text)
 
 
 def main() -> None:

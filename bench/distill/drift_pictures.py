@@ -19,6 +19,7 @@ from .report import METRICS
 
 Found = dict[str, Any]
 LOSS_COLOURS = {"OPD": COLOURS[0], "LSM": "#D55E00"}
+TOGETHER = 8  # positions whose weights are shown as one mean
 FEW = 3  # rollout batches that a point of a curve is the mean of
 
 
@@ -131,13 +132,13 @@ def weights(found: Found) -> Figure:
     widest = max(1e-3, float(np.nanquantile(np.abs(table - 1), 0.98)))
     image = above.imshow(
         table.T, aspect="auto", origin="lower", cmap="RdBu", interpolation="nearest",
-        vmin=1 - widest, vmax=1 + widest, extent=(0, batches, 0, 8 * table.shape[1]),
+        vmin=1 - widest, vmax=1 + widest, extent=(0, batches, 0, TOGETHER * table.shape[1]),
     )  # fmt: skip
     above.set_facecolor("0.9")
     above.set_ylabel("position in the response")
     above.set_title(
-        f"{run['variant']}, {run['band']} drift, seed {run['seed']}: mean weight of 8 positions "
-        f"in each of {run['epochs']} epochs over a batch",
+        f"{run['variant']}, {run['band']} drift, seed {run['seed']}: mean weight of "
+        f"{TOGETHER} positions in each of {run['epochs']} epochs over a batch",
         fontsize=10,
     )
     figure.colorbar(image, ax=above, label="gate weight; unit mean")

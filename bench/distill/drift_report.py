@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import measure
+from .. import measure, pages
 from ..plots import save
 from . import drift_pictures, files, plan, report
+from .drift_pictures import TOGETHER
 from .jobs import Task, Work
 from .report import METRICS
 from .settings import Job, Settings, jobs, variants
@@ -30,7 +31,6 @@ RESULTS = ROOT / "bench" / "results" / "drift_study.json"
 PAGE = ROOT / "docs" / "when_to_gate.md"
 BEGIN, END = "<!-- drift study: make readme-table -->", "<!-- end of drift study -->"
 NONE = 0.02  # an interval within it, with 0 in it, is no gain to speak of
-GAP = 8  # positions that the picture of weights takes together
 
 
 def collect(root: Path) -> dict[str, Any]:
@@ -58,14 +58,16 @@ def collect(root: Path) -> dict[str, Any]:
         return found | dict(finished=False)
     found["bands"] = {band: setting.name for band, setting in chosen.items()}
     folders = plan.main_folders(root)
-    for band in folders:
+    gated = []
+    for band, work in folders.items():
         runs = _runs_of_band(root, band)
-        found["comparisons"] += _comparisons(band, runs, folders[band].settings)
-        found["runs"] += [
-            _run(band, name, result) for name, many in runs.items() for result in many
-        ]
-    if results := [r for r in found["runs"] if r["variant"].endswith("Block64")]:
-        found["collapse"] = _collapse(root, results)
+        found["comparisons"] += _comparisons(band, runs, work.settings)
+        for name, results in runs.items():
+            found["runs"] += [_run(band, name, result) for result in results]
+            if name.endswith("Block64"):
+                gated += [(band, name, result) for result in results]
+    if gated:
+        found["collapse"] = _collapse(gated)
     return found | dict(finished=True)
 
 
@@ -128,14 +130,10 @@ def _comparisons(band: str, runs: Runs, settings: Settings) -> list[dict[str, An
                     gain=report.difference_of(ours, theirs, samples),
                     means=[_means(side, samples) for side in (ours, theirs)],
                     drift=report.movement_of(theirs)["drift_abs"][-1],
-                    even=moved["effective_share"][-1], main=_is_main(name, other),
+                    even=moved["effective_share"][-1], main=name == f"{other} + Block64",
                 )
             )  # fmt: skip
     return found
-
-
-def _is_main(name: str, other: str) -> bool:
-    return name == f"{other} + Block64"
 
 
 def _paired(
@@ -159,32 +157,31 @@ def _run(band: str, name: str, result: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _collapse(root: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _collapse(runs: list[tuple[str, str, dict[str, Any]]]) -> dict[str, Any]:
     """Weights by position in every epoch of the run whose accuracy fell furthest from its best.
 
-    Positions are taken together by `GAP`; [epochs over batches, positions / GAP], None where no
-    response was so long.
+    runs: band, variant and result. The weights are [epochs over batches, positions / TOGETHER], a
+    row as long as the longest response of its batch.
     """
-
-    def fall(run: dict[str, Any]) -> float:
-        shares = [step["accuracy"] for step in run["curve"]]
-        return max(max(shares[:i]) - shares[i] for i in range(1, len(shares)))
-
-    run = max(runs, key=fall)
-    result = next(
-        result
-        for result in _runs_of_band(root, run["band"])[run["variant"]]
-        if result["seed"] == run["seed"]
-    )
+    band, variant, result = max(runs, key=lambda run: _fall(run[2]))
     columns = [weights for step in result["heat_by_epoch"] for weights in step]
     return dict(
-        band=run["band"], variant=run["variant"], seed=run["seed"], fall=round(fall(run), 3),
-        epochs=result["epochs"], accuracy=[step["accuracy"] for step in run["curve"]],
+        band=band, variant=variant, seed=result["seed"], fall=round(_fall(result), 3),
+        epochs=result["epochs"], accuracy=[step["accuracy"] for step in result["curve"]],
         weights=[
-            [round(float(np.mean(column[i : i + GAP])), 3) for i in range(0, len(column), GAP)]
+            [
+                round(float(np.mean(column[i : i + TOGETHER])), 3)
+                for i in range(0, len(column), TOGETHER)
+            ]
             for column in columns
         ],
     )  # fmt: skip
+
+
+def _fall(result: dict[str, Any]) -> float:
+    """From the highest share of right responses of a batch to a lower one after it."""
+    shares = [step["accuracy"] for step in result["curve"]]
+    return max(max(shares[:i]) - shares[i] for i in range(1, len(shares)))
 
 
 def verdict(interval: list[float]) -> str:
@@ -290,14 +287,12 @@ def _gain(figure: dict[str, Any]) -> str:
 def write_page(page: Path, results: Path) -> None:
     """Replace what lies between the page's marks, and draw what its pictures can show."""
     found = json.loads(results.read_text()) if results.exists() else None
-    before, rest = page.read_text().split(BEGIN)
-    _, after = rest.split(END)
     lines = section(found)
     if found is not None:
         for name, alt, figure in drift_pictures.drawn(found):
             save(figure, page.with_name(f"drift_study_{name}.svg"))
             lines += ["", f"![{alt}](drift_study_{name}.svg)"]
-    files.write({page: "\n".join([before + BEGIN, *lines, END + after]).encode()})
+    files.write({page: pages.between(page, BEGIN, END, "\n".join([*lines, ""])).encode()})
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ in FOLDER.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from . import command, report
 from .jobs import Interrupted, Task, Work
-from .progress import SAMPLING
+from .progress import whole_cost
 from .settings import Settings, jobs
 from .workers import Failed, all_tasks, run_all, unfinished
 
@@ -99,8 +100,11 @@ def accuracy(work: Work, key: str) -> float:
 
 def drift(work: Work, key: str) -> float:
     """Mean |old - new| log-prob in the last epoch over a batch, mean over batches; nats."""
-    curve = report.result_of(work, key)["curve"]
-    return float(np.mean([step["epochs"][-1]["drift_abs"] for step in curve]))
+    return _last_drift([report.result_of(work, key)])
+
+
+def _last_drift(results: list[report.Result]) -> float:
+    return float(report.movement_of(results)["drift_abs"][-1])
 
 
 def stands(work: Work, before: float) -> bool:
@@ -109,19 +113,19 @@ def stands(work: Work, before: float) -> bool:
     before: the student's accuracy before training.
     """
     done = [job for job in jobs(work.settings) if work.done(job.key) is not None]
-    drifts = [drift(work, job.key) for job in done if job.seed == SELECTION_SEED]
+    first = [drift(work, job.key) for job in done if job.seed == SELECTION_SEED]
     return all(accuracy(work, job.key) >= before + GAIN for job in done) and all(
-        EARLY[0] <= value <= EARLY[1] for value in drifts
+        EARLY[0] <= value <= EARLY[1] for value in first
     )
 
 
 def drifts(work: Work) -> dict[str, float]:
     """The mean drift of each loss, over the seeds that are finished; nats."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[report.Result]] = {}
     for job in jobs(work.settings):
-        if work.done(job.key) is not None:
-            found.setdefault(job.variant.name, []).append(drift(work, job.key))
-    return {loss: float(np.mean(values)) for loss, values in found.items()}
+        if (result := work.done(job.key)) is not None:
+            found.setdefault(job.variant.name, []).append(result)
+    return {loss: _last_drift(results) for loss, results in found.items()}
 
 
 def in_bands(work: Work) -> bool:
@@ -180,18 +184,15 @@ def compare(root: Path, workers: int) -> None:
     """Part 2: a seed of every band, then the next; more seeds where an interval is wide."""
     found = main_folders(root)
     bands = {name: work for name, work in found.items() if name in BANDS}
-    run(
-        [task for work in bands.values() for task in all_tasks(work, [])],
-        workers,
-        "before training",
-    )
+    base = [task for work in bands.values() for task in all_tasks(work, [])]
+    run(base, workers, "before training")
     for seed in range(SEEDS):
         tasks = [task for work in bands.values() for task in _of_seed(work, seed)]
-        run(unfinished(tasks), workers, f"main, seed {seed}")
+        run(tasks, workers, f"main, seed {seed}")
     run(all_tasks(found["default"], jobs(found["default"].settings)), workers, "main, default")
     for band, work in bands.items():
         if widest(work) > WIDE:
-            settings = chosen(root)[band].settings(seed=SEEDS, seeds=SEEDS)
+            settings = dataclasses.replace(work.settings, seed=SEEDS)
             more = folder(root, f"{band}-more", settings)
             run(all_tasks(more, jobs(settings)), workers, f"main, {band}, more seeds")
 
@@ -210,8 +211,7 @@ def others(root: Path, workers: int) -> None:
     for band, setting in chosen(root).items():
         for name, settings in other_settings(setting).items():
             work = folder(root, f"{band}-{name}", settings)
-            tasks = [Task(job, work) for job in jobs(settings)]
-            run(unfinished(tasks), workers, f"{band}, {name}")
+            run([Task(job, work) for job in jobs(settings)], workers, f"{band}, {name}")
 
 
 def other_settings(setting: Setting) -> dict[str, Settings]:
@@ -243,28 +243,20 @@ def _of_seed(work: Work, seed: int) -> list[Task]:
 def run(tasks: list[Task], workers: int, title: str) -> None:
     """Those that are not finished, a line for each that is."""
     tasks = unfinished(tasks)
-    cost = {id(task): _cost(task) for task in tasks}
-    total, begun, count = sum(cost.values()), time.monotonic(), 0
+    costs = [whole_cost(task.work, task.job) for task in tasks]
+    begun, count = time.monotonic(), 0
     if tasks:
         print(f"{title}: {len(tasks)} runs", flush=True)
-    shares = iter(cost.values())
-    spent = 0.0
 
     def show(key: str, state: dict[str, Any]) -> None:
-        nonlocal count, spent
+        nonlocal count
         if "done" in state:
-            count, spent = count + 1, spent + next(shares)
-            left = (time.monotonic() - begun) / spent * (total - spent) / 60
+            count += 1
+            pace = (time.monotonic() - begun) / sum(costs[:count])
+            left = pace * sum(costs[count:]) / 60
             print(f"  {key}: {count} of {len(tasks)}, {left:.0f} min to go", flush=True)
 
     run_all(tasks, workers, show)
-
-
-def _cost(task: Task) -> float:
-    """In epochs over a rollout batch; an evaluation is about eight rollouts."""
-    job = task.job
-    steps = task.work.settings.steps
-    return 8 * SAMPLING + (0 if isinstance(job, str) else steps * (SAMPLING + job.epochs))
 
 
 def main() -> None:

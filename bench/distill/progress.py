@@ -26,6 +26,19 @@ def bars(console: Console) -> Progress:
     )  # fmt: skip
 
 
+def step_cost(job: Job) -> float:
+    """Of a rollout batch, in epochs over one."""
+    return SAMPLING + job.epochs
+
+
+def whole_cost(work: Work, job: Job | str) -> float:
+    """Of a run with its evaluation, or of a name of BASE, in epochs over a rollout batch."""
+    settings = work.settings
+    responses = settings.evaluation_samples * sum(map(len, work.benchmarks.values()))
+    evaluation = responses / (settings.prompts * settings.samples)
+    return evaluation + (0 if isinstance(job, str) else settings.steps * step_cost(job))
+
+
 class Clock:
     """Time to go, at the pace since the start of this process.
 
@@ -36,13 +49,10 @@ class Clock:
     def __init__(
         self, work: Work, jobs: list[Job], now: Callable[[], float] = time.monotonic
     ) -> None:
-        settings = work.settings
-        self.now, self.begun, self.steps = now, now(), settings.steps
-        responses = settings.evaluation_samples * sum(map(len, work.benchmarks.values()))
-        evaluation = responses / (settings.prompts * settings.samples)
-        self.step = {job.key: SAMPLING + job.epochs for job in jobs}
-        self.whole = dict.fromkeys(BASE, evaluation)
-        self.whole |= {key: self.steps * cost + evaluation for key, cost in self.step.items()}
+        self.now, self.begun = now, now()
+        self.step = {job.key: step_cost(job) for job in jobs}
+        self.whole = {name: whole_cost(work, name) for name in BASE}
+        self.whole |= {job.key: whole_cost(work, job) for job in jobs}
         self.done = {key: self.whole[key] * (work.done(key) is not None) for key in self.whole}
         self.before = {key: done for key, done in self.done.items() if done}
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import measure
+from .. import measure, pages
 from . import command, files, report
 from .intervals import Bootstrap
 from .jobs import BASE, Work
@@ -169,10 +169,8 @@ def _interval(figure: dict[str, Any], form: str) -> str:
 def write_page(path: Path, results: Path) -> None:
     """Replace what lies between the page's marks."""
     found = json.loads(results.read_text()) if results.exists() else None
-    before, rest = path.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    body = "\n".join(section(found))
-    files.write({path: f"{before}{BEGIN}\n{body}\n{END}{after}".encode()})
+    body = "\n".join([*section(found), ""])
+    files.write({path: pages.between(path, BEGIN, END, body).encode()})
 
 
 def main() -> None:
