@@ -85,6 +85,12 @@ def _replayed(before: Run, graph: torch.cuda.CUDAGraph, device: torch.device) ->
 
 
 def _profiled(before: Run, run: Run, device: torch.device) -> float:
+    events = device_events(_profile(before, run, device))
+    return 1e-6 * sum(event.self_device_time_total for event in events)
+
+
+def _profile(before: Run, run: Run, device: torch.device) -> profile:
+    """Of one run alone, whose inputs are in no cache."""
     with torch.cuda.device(device):
         before()
         larger_than_l2(device).zero_()
@@ -92,7 +98,7 @@ def _profiled(before: Run, run: Run, device: torch.device) -> float:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             run()
             torch.cuda.synchronize()
-    return 1e-6 * sum(event.self_device_time_total for event in device_events(profiler))
+    return profiler
 
 
 def device_events(profiler: profile) -> list:
@@ -135,13 +141,7 @@ def profiled_call(before: Run, run: Run, device: torch.device) -> dict[str, Any]
     returned = time.perf_counter() - start
     asked = torch.cuda.memory_stats(device).get("num_device_alloc", 0) - asked
     del result
-    with torch.cuda.device(device):
-        before()
-        larger_than_l2(device).zero_()
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            run()
-            torch.cuda.synchronize()
+    profiler = _profile(before, run, device)
     ours = [e for e in profiler.events() or [] if e.device_type == DeviceType.CUDA]
     kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     for event in ours:
