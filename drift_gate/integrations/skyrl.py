@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import DriftGate, gate_weights
-from ..call.arguments import option, wrong_type
-from . import check_version, unusable
+from ..call.arguments import option
+from . import check_policy_gate, check_version, unusable
 
 WANTED = "0.4"
 
@@ -47,13 +47,7 @@ def register(name: str, loss: str, *, gate: DriftGate = DriftGate()) -> None:  #
         ValueError, TypeError: an option is unknown, or the name is taken.
     """
     option("loss", loss, LOSSES)
-    if not isinstance(gate, DriftGate):
-        wrong_type("gate", gate, f"a DriftGate ({loss!r} is SkyRL's ungated loss)")
-    if gate.granularity == "span":
-        raise ValueError(
-            "gate granularity must be one of block, token, sequence in a policy loss, which does "
-            'not see the words that end a span; got "span"'
-        )
+    check_policy_gate("SkyRL", loss, gate)
     register_policy_loss(name)(_gated(loss, PolicyLossRegistry.get(loss), gate))
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .. import DriftGate, gate_weights, gather_lse, newline_spans
 from ..call import lists
-from ..call.arguments import option, wrong_type
+from ..call.arguments import option
 from ..passes.backends import passes_of, resolve
-from . import check_version, unusable
+from . import check_policy_gate, check_version, unusable
 
 WANTED = "0.9"
 
@@ -108,13 +108,7 @@ def register_policy(name: str, loss: str, *, gate: DriftGate = DriftGate()) -> N
         ValueError, TypeError: an option is unknown, or the name is taken.
     """
     option("loss", loss, POLICY_LOSSES)
-    if not isinstance(gate, DriftGate):
-        wrong_type("gate", gate, f"a DriftGate ({loss!r} is verl's ungated loss)")
-    if gate.granularity == "span":
-        raise ValueError(
-            "gate granularity must be one of block, token, sequence in a policy loss, which does "
-            'not see the words that end a span; got "span"'
-        )
+    check_policy_gate("verl", loss, gate)
     if name in core_algos.POLICY_LOSS_REGISTRY:
         raise ValueError(f"Policy loss {name} already registered.")
     register_policy_loss(name)(_policy(core_algos.get_policy_loss_fn(loss), gate))

@@ -1,6 +1,6 @@
 """`linear_top_k_log_probs`: the likeliest words, from hidden states and LM head."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from ..parallel.words import Shard, likeliest
 from ..passes.backends import passes_of
 from .by_reference import by_reference
 from .handing import head_inputs
-from .top_k_log_probs import empty_lists, take_rows, valid_of
+from .top_k_log_probs import empty_lists, no_gradients, take_rows, valid_of
 
 
 def linear_top_k_log_probs(
@@ -95,10 +95,6 @@ def _forward(x: Listing) -> Tensors:
     return likeliest(found, x.rule.scale, x.shard)
 
 
-def _backward(x: Listing, *rest: Any) -> list[Tensor | None]:
-    return []
-
-
 def _empty(x: Listing) -> Tensors:
     return empty_lists(x.hidden, x.hidden.shape[0], x.k)
 
@@ -107,7 +103,7 @@ LINEAR_TOP_K = Op(
     "linear_top_k",
     Listing,
     _forward,
-    _backward,
+    no_gradients,
     _empty,
     outputs=("ids", "log_probs"),
     grads=0,

@@ -126,7 +126,8 @@ def _forward(x: Listing) -> Tensors:
     return likeliest(found, x.scale, x.shard)
 
 
-def _backward(x: Listing, *rest: Any) -> list[Tensor | None]:
+def no_gradients(x: object, *rest: Any) -> list[Tensor | None]:
+    """The backward of an op whose results have none."""
     return []
 
 
@@ -144,7 +145,7 @@ TOP_K = Op(
     "top_k",
     Listing,
     _forward,
-    _backward,
+    no_gradients,
     _empty,
     outputs=("ids", "log_probs"),
     grads=0,
