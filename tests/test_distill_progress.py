@@ -89,7 +89,7 @@ def test_the_last_lines_say_drift_evenness_and_what_lies_beyond_its_interval() -
     assert "rounding" not in moved
     assert compared == (
         "Of 2 gains of a gate 1 (OPD + A in pass@8) lies above 0 by the 95% interval, none lies "
-        "below; of 2 without any, 0.1 would lie on either side by chance."
+        "below; of 2 without any, 0.1 would lie above or below 0 by chance."
     )
     rows[2] = row(0.06, 0.99, [-0.2, -0.01])
     assert "none lies above" in findings.compared(rows, ["", "", "OPD + A", "OPD + B"])

@@ -37,20 +37,22 @@ def drawn(found: Found) -> Iterator[tuple[str, str, Figure]]:
 
 def gains(rows: list[dict[str, Any]]) -> Figure:
     """A point and its interval for each gate beside none, at the drift that none leaves."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
+    gates = [row for row in rows if " + " in row["name"] and row["against"] in LOSS_COLOURS]
+    places = _apart([(row["against"], row["drift"]) for row in gates])
     for loss, colour in LOSS_COLOURS.items():
         for main in (True, False):
             shown = [
-                row for row in rows
-                if row["against"] == loss and row["main"] is main and " + " in row["name"]
-            ]  # fmt: skip
+                (place, row["gain"][METRICS[0]])
+                for place, row in zip(places, gates, strict=True)
+                if row["against"] == loss and row["main"] is main
+            ]
             if not shown:
                 continue
-            gain = [row["gain"][METRICS[0]] for row in shown]
-            middle = np.array([g["mean"] for g in gain])
-            low, high = np.array([g["interval"] for g in gain]).T
+            middle = np.array([gain["mean"] for _, gain in shown])
+            low, high = np.array([gain["interval"] for _, gain in shown]).T
             axes.errorbar(
-                _apart([row["drift"] for row in shown]), middle, [middle - low, high - middle],
+                [place for place, _ in shown], middle, [middle - low, high - middle],
                 fmt="o" if main else ".", color=colour, capsize=3, alpha=1 if main else 0.45,
                 label=f"{loss}, {'Block64' if main else 'other gates'}",
             )  # fmt: skip
@@ -58,20 +60,22 @@ def gains(rows: list[dict[str, Any]]) -> Figure:
     axes.set_xscale("log")
     for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         which(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.tick_params(axis="x", which="both", length=4, pad=4)
     axes.set_xlabel("mean |old - new| log-prob in the last epoch, without a gate; nats")
     axes.set_ylabel("gain of the gate in pass@8")
     axes.set_title("Gated minus ungated, 95% intervals over seeds and problems", fontsize=10)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=4)
     return _plain(figure)
 
 
-def _apart(drifts: list[float]) -> list[float]:
-    """Points of the same drift side by side, so that their intervals can be read."""
-    seen: dict[float, int] = {}
+def _apart(points: list[tuple[str, float]]) -> list[float]:
+    """The drifts of (loss, drift), those of one point side by side, so that their intervals can be
+    read."""
+    seen: dict[tuple[str, float], int] = {}
     placed = []
-    for drift in drifts:
-        number = seen[drift] = seen.get(drift, -1) + 1
-        placed.append(drift * 1.04**number)
+    for point in points:
+        number = seen[point] = seen.get(point, -1) + 1
+        placed.append(point[1] * 1.03**number)
     return placed
 
 

@@ -20,6 +20,7 @@ from .. import measure, pages
 from ..plots import save
 from . import drift_pictures, files, plan, report
 from .drift_pictures import TOGETHER
+from .findings import by_chance
 from .jobs import Task, Work
 from .report import METRICS
 from .settings import Job, Settings, jobs, variants
@@ -275,7 +276,7 @@ def _comparison_lines(found: dict[str, Any]) -> list[str]:
     lines += [
         "",
         f"Of {len(known)} intervals {above} lie above 0 and {below} below; of so many without any "
-        f"effect {len(known) / 20:.1f} would lie on either side by chance.",
+        f"effect {by_chance(len(known))}.",
     ]
     return lines
 

@@ -55,7 +55,7 @@ def compared(rows: list[Row], labels: list[str]) -> str:
     if not above and not below:
         return f"None of {len(gains)} gains of a gate lies above or below 0 by its 95% interval."
     found = f"Of {len(gains)} gains of a gate {_those(above)} above 0 by the 95% interval, "
-    return f"{found}{_those(below)} below; of {len(gains)} without any, {_by_chance(len(gains))}."
+    return f"{found}{_those(below)} below; of {len(gains)} without any, {by_chance(len(gains))}."
 
 
 def _those(names: list[str]) -> str:
@@ -63,8 +63,9 @@ def _those(names: list[str]) -> str:
     return f"{len(names) or 'none'}{listed} lie{'s' if len(names) < 2 else ''}"
 
 
-def _by_chance(count: int) -> str:
-    return f"{count / 20:.1f} would lie on either side by chance"
+def by_chance(count: int) -> str:
+    """How many of so many 95% intervals miss 0 where there is nothing to find."""
+    return f"{count / 20:.1f} would lie above or below 0 by chance"
 
 
 def _range(values: Iterable[float], form: str = ".4f") -> str:
