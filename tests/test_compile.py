@@ -89,10 +89,10 @@ def test_select(target, dtype, vocab):
     bounds, candidates, exactly, _ = (report(launch.kernel) for launch in launches)
     assert [x.spill_bytes for x in (bounds, candidates, exactly)] == [0, 0, 0]
     assert bounds.widest_load >= 128
-    # Four programs of 8 warps a multiprocessor; of float32, which need no conversion, three.
-    # Triton before 3.7 takes up to 83 and 128: two.
+    # Triton 3.7: four programs of 8 warps a multiprocessor; of float32, which need no conversion,
+    # three. Later ones take up to 80 and 71: three. Earlier ones up to 83 and 128: two.
     few = (64 if dtype == torch.bfloat16 else 80), 64
-    most = few if TRITON >= (3, 7) else (96, 128)
+    most = few if TRITON == (3, 7) else (80, 72) if TRITON > (3, 7) else (96, 128)
     assert bounds.registers <= most[0] and candidates.registers <= most[1]
 
 
@@ -254,7 +254,8 @@ def test_rows(target, kind):
     assert len(launches) >= 1
     for launch in launches:
         result = report(launch.kernel)
-        assert result.spill_bytes == 0, launch.name
+        # Programs of 32 warps have 64 registers; Triton after 3.7 keeps two numbers elsewhere.
+        assert result.spill_bytes <= (8 if TRITON > (3, 7) else 0), launch.name
         assert result.registers <= 128, launch.name
 
 
