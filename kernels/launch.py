@@ -26,6 +26,7 @@ from triton.compiler import CompiledKernel
 MOST_VARIANTS = 4096  # of all kernels together; then all are looked up again
 ON_AMD = torch.version.hip is not None
 KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10)
+FUSED = True  # a * b + c rounds once: so Triton has it unless told, and from 3.10 on only if told
 _TRITONS_FILE = JITFunction.__init__.__code__.co_filename
 
 # What runs a compiled kernel, its code on the device, its metadata; the values of the parameters
@@ -35,7 +36,8 @@ _variants: dict[tuple[Any, ...], _Variant] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """`kernel[grid](*args, **options)` on the device of the tensors among `args`.
+    """`kernel[grid](*args, **options)` on the device of the tensors among `args`, sums of products
+    fused.
 
     Args:
         kernel: a `@triton.jit` function.
@@ -45,7 +47,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         options: all other parameters, constexprs every one, and `num_warps`, `num_stages`.
     """
     if not _is_ordinary(kernel):
-        kernel[grid](*args, **options)
+        kernel[grid](*args, **options, enable_fp_fusion=FUSED)
         return
     driver = runtime.driver.active
     device, index = driver.get_current_device(), _device_of(args)
@@ -55,7 +57,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         return
     found = _look_up(args, index)
     if found is None:
-        kernel[grid](*args, **options)
+        kernel[grid](*args, **options, enable_fp_fusion=FUSED)
         return
     traits, plain = found
     key = (
@@ -64,7 +66,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     )  # fmt: skip
     variant = _variants.get(key)
     if variant is None:
-        _keep(key, kernel, kernel[grid](*args, **options), len(args), options)
+        compiled = kernel[grid](*args, **options, enable_fp_fusion=FUSED)
+        _keep(key, kernel, compiled, len(args), options)
         return
     run, code, packed, rest, _ = variant
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]

@@ -12,7 +12,7 @@ import triton.language as tl
 from conftest import KERNELS
 from drift_gate.kernels import launch as module
 from drift_gate.kernels.launch import launch
-from support.launches import record_launches
+from support.launches import compile_only, record_launches
 from support.null_driver import null_driver
 from triton.runtime.jit import JITFunction
 
@@ -134,6 +134,14 @@ def test_what_triton_tells_apart_has_keys_of_its_own(target, monkeypatch):
     for (key, ours), (other_key, theirs) in itertools.combinations(keyed, 2):
         if key == other_key and list(map(type, key)) == list(map(type, other_key)):
             assert ours == theirs
+
+
+@pytest.mark.parametrize("target", ["sm90", "gfx942"])
+def test_products_and_sums_are_fused_whatever_triton_takes_unless_told(target):
+    with compile_only(target) as launches:
+        run()
+    assert launches[0].options["enable_fp_fusion"] is True
+    assert launches[0].kernel.metadata.enable_fp_fusion is True
 
 
 @TRIED
