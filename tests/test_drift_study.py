@@ -140,3 +140,14 @@ def test_a_folder_with_other_settings_is_refused(tmp_path: Path) -> None:
 
 def test_settings_have_names_of_their_own() -> None:
     assert len({setting.name for setting in plan.GRID}) == len(plan.GRID) == 26
+
+
+def test_other_gates_run_seed_by_seed_in_both_bands(ran: list[str], tmp_path: Path) -> None:
+    plan.select(tmp_path, 1)
+    ran.clear()
+    plan.others(tmp_path, 1)
+    seeds = [int(name.rsplit("_s", 1)[1]) for name in ran]
+    assert len(seeds) == 2 * 184
+    assert seeds == sorted(seeds)
+    first = {name.split("-")[0] for name in ran[: len(ran) // plan.SEEDS]}
+    assert first == {"small", "large"}

@@ -207,11 +207,15 @@ def widest(work: Work) -> float:
 
 
 def others(root: Path, workers: int) -> None:
-    """Part 3."""
-    for band, setting in chosen(root).items():
-        for name, settings in other_settings(setting).items():
-            work = folder(root, f"{band}-{name}", settings)
-            run([Task(job, work) for job in jobs(settings)], workers, f"{band}, {name}")
+    """Part 3: a seed of every folder of both bands, then the next."""
+    works = [
+        folder(root, f"{band}-{name}", settings)
+        for band, setting in chosen(root).items()
+        for name, settings in other_settings(setting).items()
+    ]
+    for seed in range(SEEDS):
+        tasks = [task for work in works for task in _of_seed(work, seed)]
+        run(tasks, workers, f"others, seed {seed}")
 
 
 def other_settings(setting: Setting) -> dict[str, Settings]:
