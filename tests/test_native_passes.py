@@ -86,6 +86,24 @@ def test_expand_as_in_torch(dtype, words):
         assert torch.equal(logits, got)
 
 
+@pytest.mark.parametrize("vocab", [4096, 4097])  # owners are indexed, or hashed
+def test_expand_sums_the_betas_of_a_word_in_any_vocabulary(vocab):
+    generator = seeded(vocab)
+    logits = torch.randn(1, 9, vocab, generator=generator)
+    words = torch.randint(vocab, (9, 200), generator=generator)
+    ids = words.gather(1, torch.randint(200, (9, 500), generator=generator))
+    beta = torch.randn(9, 500, generator=generator)
+    expected = torch.zeros(9, vocab).scatter_add_(1, ids, beta)
+    none = None, None, None, None, None
+    out = torch.full_like(logits, torch.nan)
+    native.expand(logits, ids, *none, beta, 1.0, out)
+    assert_close(out[0], expected, rtol=0, atol=2e-6)
+    gathered, _, maximum, log_sum, _ = native.scan(logits, ids, None, 1.0, False)
+    alpha = torch.randn(9, generator=generator)
+    native.expand(logits, ids, maximum, log_sum, gathered, None, alpha, beta, 1.0, out)
+    assert_close(out[0], expected + alpha[:, None] * logits[0].softmax(-1), rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_a_shorter_gradient_is_the_float32_one_rounded(dtype):
     """As float32 logits of a head have it."""
