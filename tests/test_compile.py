@@ -64,8 +64,8 @@ def test_scan(target, dtype, vocab):
     ids, valid = torch.zeros(ROWS, 1, dtype=torch.int64), torch.ones(ROWS, dtype=torch.bool)
     result = compiled(target, "_scan", lambda: scan(logits, ids, valid, 1.0, True))
     # 128 registers leave 16 warps a multiprocessor, each with 4 loads of 16 bytes a thread.
-    # Triton 3.5 takes 68 on AMD, which leave 7 waves a SIMD in the place of 8.
-    few = 72 if target.startswith("gfx") and TRITON < (3, 6) else 64
+    # Triton before 3.7 takes up to 72 on AMD, which leave 7 waves a SIMD in the place of 8.
+    few = 72 if target.startswith("gfx") and TRITON < (3, 7) else 64
     assert_streams(result, 128 if vocab == ODD else few)
 
 
