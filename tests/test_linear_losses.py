@@ -234,3 +234,25 @@ def test_token_log_probs_and_gather_lse():
         return [log_probs, entropy, z, lse, *grads]
 
     torch.testing.assert_close(results("torch"), results("reference"))
+
+
+@pytest.mark.parametrize("chunk_size", [64, 8], ids=["one chunk", "several"])
+@EACH_FUSED
+def test_large_denominators_cost_float16_no_digits(chunk_size, backend):
+    """Such a gradient is far below float16's least number until a loss scale brings it back."""
+    found = []
+    for scale in (2.0**6, 2.0**30):
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(64, 32, generator=generator).half().requires_grad_()
+        weight = torch.randn(200, 32, generator=generator).half().requires_grad_()
+        labels = torch.randint(200, (64,), generator=generator)
+        old, teacher = (-5 * torch.rand(64, generator=generator) for _ in range(2))
+        result = dg.linear_opd_loss(
+            hidden, dg.Head(weight, chunk_size=chunk_size), labels, old, teacher,
+            gate=DriftGate(block_size=8), reduction=dg.Reduction(batch_num_tokens=scale),
+            backend=backend,
+        )  # fmt: skip
+        found.append(torch.autograd.grad(result.loss * scale, (hidden, weight)))
+    for small, large in zip(*found, strict=True):
+        assert small.abs().max() > 0.01
+        assert torch.equal(small, large)
