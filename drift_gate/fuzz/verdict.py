@@ -7,6 +7,7 @@ float64 reference is run again with roundings of the accumulation dtype after ev
 `roundings`), and what those do to each element is allowed as well.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..budget import allowed, allowed_of
+from ..options import Clip
 from .evaluate import LOSS_SCALE, Problem, Results, bits, run_backend, run_reference
 from .options import divides_by_0
 from .roundings import Roundings
@@ -21,6 +23,7 @@ from .tensors import tensors
 
 MOST_ROUNDED = 64  # runs with random roundings; one that explains the results ends them
 SHARES = 1.0, 0.5  # of the operations that round, in turns
+BORDER = 64  # roundings by which a ratio may lie beside a bound of its clip
 ROUNDED_FACTOR = 4.0  # how many times the largest effect of the roundings is allowed
 OF_HEADS = ("grad head", "grad head.weight", "grad head.bias")  # sums over the rows
 SHORT_FACTOR = 4.0  # beside that, of gradients of heads in short dtypes: see `_twice_rounded`
@@ -107,6 +110,7 @@ change it between finite, infinite and NaN."""
 
 def _rounded(problem: Problem) -> Iterator[Results]:
     """Truths, but for random roundings of what is computed, and of inputs to be made shorter."""
+    yield from _other_bounds(problem)
     dtype, given = _accumulation_dtype(problem), tensors(problem.arguments)
     for seed in range(MOST_ROUNDED):
         roundings = Roundings(dtype, seed, SHARES[seed % 2])
@@ -117,6 +121,23 @@ def _rounded(problem: Problem) -> Iterator[Results]:
 
         with roundings:
             yield run_reference(problem, torch.float64, shorten)
+
+
+def _other_bounds(problem: Problem) -> Iterator[Results]:
+    """Truths, but for bounds of the clip that lie a few roundings further out or in.
+
+    "cispo" counts a ratio as clipped by bounds of 0 unless it is 1 exactly: so it is in float32 for
+    log-probs that are equal there, and never in float64, whatever is rounded on the way.
+    """
+    clip = problem.arguments.get("clip")
+    if not isinstance(clip, Clip):
+        return
+    step = BORDER * torch.finfo(_accumulation_dtype(problem)).eps
+    for moved in (step, -step):
+        bounds = {name: max(getattr(clip, name) + moved, 0.0) for name in ("low", "high")}
+        changed = {**problem.arguments, "clip": dataclasses.replace(clip, **bounds)}
+        near = problem._replace(arguments=changed)
+        yield run_reference(near, torch.float64, lambda name, x: x)
 
 
 def _accumulation_dtype(problem: Problem) -> torch.dtype:
