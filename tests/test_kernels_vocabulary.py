@@ -257,6 +257,21 @@ def test_large_offsets_and_near_certainty(kernels_on_cpu):
     torch.testing.assert_close(grad, -torch.expm1(truth), rtol=0.05, atol=2e-7)
 
 
+def test_the_gradient_of_a_likely_label_keeps_its_digits(kernels_on_cpu):
+    """1 - p for p from 0.51 to nearly 1, to the rounding of its own log-prob."""
+    logits = torch.zeros(1, 40, 8)
+    logits[0, :, 3] = torch.linspace(2.0, 16.0, 40)
+    logits, ids = logits.to(kernels_on_cpu), torch.full((40, 1), 3, device=kernels_on_cpu)
+    gathered, log_probs, maximum, log_sum, _ = scan(logits, ids, None, 1.0, False)
+    one, out = torch.ones(40, device=kernels_on_cpu), torch.empty_like(logits)
+    expand(
+        logits, ids, maximum, log_sum, gathered, None, -one, one[:, None], 1.0, out
+    )  # fmt: skip
+    expected = -torch.expm1(log_probs[:, 0].double())
+    assert 0.48 < expected[0] < 0.49 and expected[-1] < 1e-5
+    torch.testing.assert_close(out[0, :, 3].double(), expected, rtol=4e-7, atol=0)
+
+
 def test_a_constant_added_to_the_logits_changes_no_log_prob(kernels_on_cpu):
     """It leaves in an exact difference; scaled first, logits of 1e5 would round by 0.004."""
     logits = (draw_logits(1, 4, 300) + 1e5).to(kernels_on_cpu)
