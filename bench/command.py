@@ -23,6 +23,7 @@ from .record import Result
 
 SUITES = Path(__file__).with_name("suites")
 DRAWING = 2.0  # seconds that the pictures of a suite may take
+ENDING = 3.5  # those of a call that still runs then, of the tables, and of the end of the process
 BUDGET, BUDGETS = 600.0, {"quick": 60.0}  # seconds; and of grids that have another
 
 
@@ -91,7 +92,7 @@ def run(
     Whether everything that must run did.
     """
     left = end - time.monotonic()
-    budget = left - min(left / 5, DRAWING * len(suites)) * plots
+    budget = left - min(left / 15, ENDING) - min(left / 5, DRAWING * len(suites)) * plots
     console = Console(file=sys.stdout)
     name = [grid] if suites == suite_names() else [grid, *suites]
     path = out or record.new_path(record.results_folder(), device_name(device), name)
