@@ -81,7 +81,9 @@ def test_trials_alone_choose_nothing_before_they_are_over(study: Path) -> None:
 def test_a_finished_study_judges_its_main_comparisons(study: Path) -> None:
     for part in (plan.select, plan.compare, plan.others):
         part(study, 1)
-    found = json.loads(files.as_json(drift_report.collect(study)))
+    collected = drift_report.collect(study)
+    found = json.loads(files.as_lines(collected))
+    assert found == json.loads(files.as_json(collected))
     assert found["bands"] == {"large": CHOSEN.name}
     verdicts = {
         row["name"]: drift_report.judged(row, found["comparisons"])

@@ -101,16 +101,16 @@ def training(found: Found) -> Figure:
                 smooth = _smooth(np.array(curves))
                 at = np.arange(smooth.shape[1]) + (FEW + 1) / 2
                 colour = LOSS_COLOURS[loss] if style == "-" else "0.35"
-                axes.plot(
-                    at, smooth.mean(0), style, color=colour, label=f"{name}, {len(curves)} seeds"
-                )
+                seeds = f"{len(curves)} seed{'s' if len(curves) > 1 else ''}"
+                axes.plot(at, smooth.mean(0), style, color=colour, label=f"{name}, {seeds}")
                 axes.fill_between(
                     at, *np.quantile(smooth, [0.25, 0.75], 0), color=colour, alpha=0.15
                 )
             axes.set_title(
                 f"{loss}, {band}{' drift' if band != 'default' else ' setting'}", fontsize=10
             )
-            axes.legend(frameon=False, fontsize=8, loc="lower right")
+            if axes.lines:  # a setting whose runs of this loss are to come has none
+                axes.legend(frameon=False, fontsize=8, loc="lower right")
     for axes in grid[-1]:
         axes.set_xlabel("rollout batch")
     figure.supylabel(f"prompts solved in 8 samples, mean of {FEW} batches", fontsize=10)

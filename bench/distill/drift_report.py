@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     folder = parser.parse_args().folder
     if folder is not None:
-        files.write_json(RESULTS, collect(folder))
+        files.write({RESULTS: files.as_lines(collect(folder))})
     write_page(PAGE, RESULTS)
 
 

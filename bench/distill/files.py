@@ -43,6 +43,18 @@ def as_json(data: Any) -> bytes:
     return (json.dumps(data, indent=1) + "\n").encode()
 
 
+def as_lines(data: dict[str, Any]) -> bytes:
+    """The same with a line for each entry, and for each element of a list among them."""
+    entries = []
+    for name, value in data.items():
+        if isinstance(value, list) and value:
+            elements = ",\n".join(f"  {json.dumps(element)}" for element in value)
+            entries.append(f" {json.dumps(name)}: [\n{elements}\n ]")
+        else:
+            entries.append(f" {json.dumps(name)}: {json.dumps(value)}")
+    return ("{\n" + ",\n".join(entries) + "\n}\n").encode()
+
+
 def write_json(path: Path, data: Any) -> None:
     """As `write`."""
     write({path: as_json(data)})
