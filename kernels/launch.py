@@ -26,7 +26,6 @@ from triton.compiler import CompiledKernel
 MOST_VARIANTS = 4096  # of all kernels together; then all are looked up again
 ON_AMD = torch.version.hip is not None
 KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10)
-FUSED = True  # a * b + c rounds once: so Triton has it unless told, and from 3.10 on only if told
 _TRITONS_FILE = JITFunction.__init__.__code__.co_filename
 
 # What runs a compiled kernel, its code on the device, its metadata; the values of the parameters
@@ -47,7 +46,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         options: all other parameters, constexprs every one, and `num_warps`, `num_stages`.
     """
     if not _is_ordinary(kernel):
-        kernel[grid](*args, **options, enable_fp_fusion=FUSED)
+        _by_triton(kernel, grid, args, options)
         return
     driver = runtime.driver.active
     device, index = driver.get_current_device(), _device_of(args)
@@ -57,7 +56,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         return
     found = _look_up(args, index)
     if found is None:
-        kernel[grid](*args, **options, enable_fp_fusion=FUSED)
+        _by_triton(kernel, grid, args, options)
         return
     traits, plain = found
     key = (
@@ -66,12 +65,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     )  # fmt: skip
     variant = _variants.get(key)
     if variant is None:
-        compiled = kernel[grid](*args, **options, enable_fp_fusion=FUSED)
-        _keep(key, kernel, compiled, len(args), options)
+        _keep(key, kernel, _by_triton(kernel, grid, args, options), len(args), options)
         return
     run, code, packed, rest, _ = variant
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     run(x, y, z, driver.get_current_stream(device), code, packed, None, None, None, *plain, *rest)
+
+
+def _by_triton(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> Any:
+    """Triton's own launch. a * b + c rounds once: from 3.10 on it does so only if told."""
+    return kernel[grid](*args, **options, enable_fp_fusion=True)
 
 
 def _is_ordinary(kernel: Any) -> bool:

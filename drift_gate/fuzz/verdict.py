@@ -44,8 +44,8 @@ def faults(problem: Problem) -> tuple[list[str], Results, Results, Results]:
     for name, x in got.items():
         if not torch.equal(bits(x), bits(again[name])):
             found.append(f"{name}: other bits in a second run")
-    eager = run_reference(problem, None, lambda name, x: x)
-    truth = run_reference(problem, torch.float64, lambda name, x: x)
+    eager = run_reference(problem, None)
+    truth = run_reference(problem, torch.float64)
     if got.keys() != truth.keys():
         found.append(f"results {sorted(got)}, the reference has {sorted(truth)}")
         return found, got, eager, truth
@@ -109,7 +109,8 @@ change it between finite, infinite and NaN."""
 
 
 def _rounded(problem: Problem) -> Iterator[Results]:
-    """Truths, but for random roundings of what is computed, and of inputs to be made shorter."""
+    """Truths, but for other bounds of a clip; then for random roundings of what is computed, and of
+    inputs to be made shorter."""
     yield from _other_bounds(problem)
     dtype, given = _accumulation_dtype(problem), tensors(problem.arguments)
     for seed in range(MOST_ROUNDED):
@@ -137,7 +138,7 @@ def _other_bounds(problem: Problem) -> Iterator[Results]:
         bounds = {name: max(getattr(clip, name) + moved, 0.0) for name in ("low", "high")}
         changed = {**problem.arguments, "clip": dataclasses.replace(clip, **bounds)}
         near = problem._replace(arguments=changed)
-        yield run_reference(near, torch.float64, lambda name, x: x)
+        yield run_reference(near, torch.float64)
 
 
 def _accumulation_dtype(problem: Problem) -> torch.dtype:
