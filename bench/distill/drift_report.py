@@ -80,7 +80,7 @@ def _trial(setting: plan.Setting, work: Work, before: float) -> dict[str, Any]:
     elif left:
         outcome = f"{left} to go"
     else:
-        outcome = "qualifies" if plan.in_bands(work) else "its drift is in no band"
+        outcome = "qualifies" if plan.in_bands(plan.drifts(work)) else "its drift is in no band"
     return dict(
         name=setting.name, **setting._asdict(), outcome=outcome,
         runs=[

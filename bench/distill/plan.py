@@ -128,10 +128,10 @@ def drifts(work: Work) -> dict[str, float]:
     return {loss: _last_drift(results) for loss, results in found.items()}
 
 
-def in_bands(work: Work) -> bool:
-    """Whether the drift of every loss lies in one of the bands."""
+def in_bands(found: dict[str, float]) -> bool:
+    """Whether the drift of every loss, from `drifts`, lies in one of the bands."""
     low, high = BANDS["small"][0], BANDS["large"][1]
-    return all(low <= value <= high for value in drifts(work).values())
+    return all(low <= value <= high for value in found.values())
 
 
 def select(root: Path, workers: int) -> None:
@@ -161,10 +161,11 @@ def chosen(root: Path) -> dict[str, Setting]:
         everything = jobs(work.settings)
         if unfinished([Task(job, work) for job in everything]):
             raise ValueError(f"part 1 is not finished: {work.out}")
-        if not in_bands(work):
+        drifted = drifts(work)
+        if not in_bands(drifted):
             continue
         value = np.mean([accuracy(work, job.key) for job in everything])
-        mean = np.mean(list(drifts(work).values()))
+        mean = np.mean(list(drifted.values()))
         band = next(name for name, (_, top) in BANDS.items() if mean < top or name == "large")
         if band not in best or value > best[band][0]:
             best[band] = value, setting
@@ -186,9 +187,7 @@ def compare(root: Path, workers: int) -> None:
     bands = {name: work for name, work in found.items() if name in BANDS}
     base = [task for work in bands.values() for task in all_tasks(work, [])]
     run(base, workers, "before training")
-    for seed in range(SEEDS):
-        tasks = [task for work in bands.values() for task in _of_seed(work, seed)]
-        run(tasks, workers, f"main, seed {seed}")
+    seed_by_seed(list(bands.values()), workers, "main")
     run(all_tasks(found["default"], jobs(found["default"].settings)), workers, "main, default")
     for band, work in bands.items():
         if widest(work) > WIDE:
@@ -213,9 +212,7 @@ def others(root: Path, workers: int) -> None:
         for band, setting in chosen(root).items()
         for name, settings in other_settings(setting).items()
     ]
-    for seed in range(SEEDS):
-        tasks = [task for work in works for task in _of_seed(work, seed)]
-        run(tasks, workers, f"others, seed {seed}")
+    seed_by_seed(works, workers, "others")
 
 
 def other_settings(setting: Setting) -> dict[str, Settings]:
@@ -240,8 +237,13 @@ def other_settings(setting: Setting) -> dict[str, Settings]:
     return found
 
 
-def _of_seed(work: Work, seed: int) -> list[Task]:
-    return [Task(job, work) for job in jobs(work.settings) if job.seed == seed]
+def seed_by_seed(works: list[Work], workers: int, title: str) -> None:
+    """The runs of a seed in every folder, then those of the next."""
+    for seed in range(SEEDS):
+        tasks = [
+            Task(job, work) for work in works for job in jobs(work.settings) if job.seed == seed
+        ]
+        run(tasks, workers, f"{title}, seed {seed}")
 
 
 def run(tasks: list[Task], workers: int, title: str) -> None:
