@@ -198,6 +198,9 @@ def distill(
         list[str] | None, typer.Option(help='This alone, as "OPD + Block64"; may be repeated.')
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Of a response.")] = 192,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="torch.compile: faster steps, a slower start.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(help="Processes; one a core, or one on a GPU.")
     ] = None,

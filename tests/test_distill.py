@@ -275,6 +275,27 @@ def test_a_knob_moves_what_it_is_of(
         assert torch.equal(after(unmoved, drawn[0]), after(unmoved, drawn[0], **changed))
 
 
+def test_compiled_layers_train_as_the_others_do(drawn: list[list[Problem]]) -> None:
+    """And sampling, whose shapes change with every token, compiles nothing."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager, compiled = (trainer("OPD + Block64", drawn[0], compile=on) for on in (False, True))
+    prompts = drawn[0][:2]
+    written = [run.sampler(prompts, training.seeded(1))[1][0] for run in (eager, compiled)]
+    assert torch.equal(*written) and not torch._dynamo.utils.counters["frames"]
+    shown = [run.step() for run in (eager, compiled)]
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    for name in ("loss", "reverse_kl"):
+        assert shown[1][name] == pytest.approx(shown[0][name], rel=1e-4)
+    assert shown[1]["epochs"][-1]["drift_abs"] == pytest.approx(
+        shown[0]["epochs"][-1]["drift_abs"], rel=1e-2
+    )
+    states = [run.pair.student.state_dict() for run in (eager, compiled)]
+    assert states[0].keys() == states[1].keys()
+    for name, weights in states[0].items():
+        torch.testing.assert_close(states[1][name], weights, rtol=0, atol=1e-4)
+
+
 def test_warm_up_and_the_gradient_norm_are_those_asked_for(drawn: list[list[Problem]]) -> None:
     """The rate of the second of four batches; AdamW's first step of a gradient cut to nothing."""
     run = trainer("OPD", drawn[0], warmup=4, learning_rate=1e-3)

@@ -375,8 +375,9 @@ def test_every_knob_of_the_plan_comes_from_the_command_line(
         for one in (value if isinstance(value, tuple) else [value])
         for word in (f"--{name.replace('_', '-')}", one)
     ]
-    assert run(*options[:-2], *flags, "--out", tmp_path / "out").exit_code == 0
+    assert run(*options[:-2], *flags, "--compile", "--out", tmp_path / "out").exit_code == 0
     assert {name: getattr(started[0], name) for name in knobs} == knobs
+    assert started[0].compile
     gates = [variant.gate for variant in settings.variants(started[0]) if variant.gate]
     assert {(gate.tau, gate.aggregate, gate.sample_every) for gate in gates} == {(3.0, "rms", 8)}
     kept = json.loads((tmp_path / "out" / command.SETTINGS).read_text())

@@ -95,7 +95,7 @@ def test_a_finished_study_judges_its_main_comparisons(study: Path) -> None:
     gain = rows["OPD + Block64", "OPD"]["gain"]["accuracy"]
     assert gain["mean"] == pytest.approx(0.25, abs=0.02)
     assert rows["OPD, clip 0.05", "OPD + Block64"]["gain"]["accuracy"]["mean"] < -0.2
-    assert rows["OPD + Block64, tau 3", "OPD"]["seeds"] == plan.SEEDS
+    assert rows["OPD + Block64, tau 3", "OPD"]["seeds"] == plan.OTHER_SEEDS
     assert ("OPD + Token", "OPD + Block64") in rows
     assert found["collapse"]["seed"] == 3
     assert found["collapse"]["variant"] == "LSM + Block64"

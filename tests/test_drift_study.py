@@ -138,6 +138,13 @@ def test_a_folder_with_other_settings_is_refused(tmp_path: Path) -> None:
         plan.folder(tmp_path, "a", settings.Settings(seeds=3))
 
 
+def test_a_folder_that_was_not_compiled_goes_on_so(tmp_path: Path) -> None:
+    plan.folder(tmp_path, "a", settings.Settings(seeds=2))
+    asked = settings.Settings(seeds=2, compile=True)
+    assert not plan.folder(tmp_path, "a", asked).settings.compile
+    assert plan.folder(tmp_path, "b", asked).settings.compile
+
+
 def test_settings_have_names_of_their_own() -> None:
     assert len({setting.name for setting in plan.GRID}) == len(plan.GRID) == 26
 
@@ -147,7 +154,7 @@ def test_other_gates_run_seed_by_seed_in_both_bands(ran: list[str], tmp_path: Pa
     ran.clear()
     plan.others(tmp_path, 1)
     seeds = [int(name.rsplit("_s", 1)[1]) for name in ran]
-    assert len(seeds) == 2 * 184
+    assert len(seeds) == 2 * 23 * plan.OTHER_SEEDS
     assert seeds == sorted(seeds)
-    first = {name.split("-")[0] for name in ran[: len(ran) // plan.SEEDS]}
+    first = {name.split("-")[0] for name in ran[: len(ran) // plan.OTHER_SEEDS]}
     assert first == {"small", "large"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -73,7 +74,13 @@ def test_the_program_makes_the_runs_of_the_plans_commands(
     for block, ours in zip(blocks, made, strict=True):
         theirs = [settings_of(words, monkeypatch) for words in commands(block)]
         assert len(ours) == len(theirs)
-        assert set(ours) == set(theirs)
+        assert {as_first_written(one) for one in ours} == set(theirs)
+
+
+def as_first_written(one: settings.Settings) -> settings.Settings:
+    """Before the plan's dated changes: nothing was compiled, and part 3 had all seeds."""
+    seeds = plan.SEEDS if one.seeds == plan.OTHER_SEEDS else one.seeds
+    return dataclasses.replace(one, compile=False, seeds=seeds)
 
 
 def test_when_to_gate_has_the_shares_and_weights_of_its_formula() -> None:

@@ -46,6 +46,7 @@ class Settings:
     eval: tuple[str, ...] = ()
     device: str = "cpu"
     backend: str = "auto"
+    compile: bool = False  # the student's layers, while it trains; sums are of another order
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -45,7 +45,8 @@ class Sampler:
         ids = [prompt_ids(self.pair.tokenizer, problem.question) for problem in problems]
         tokens, mask = (part.to(self.device) for part in pad_left(ids, self.pad))
         model = model or self.pair.student
-        with autocast(self.device):
+        # A response's shapes change with every token: layers that are compiled run as they were.
+        with autocast(self.device), torch.compiler.set_stance("force_eager"):
             responses = respond(
                 model, tokens, mask, most=self.settings.max_tokens, ends=self.ends, pad=self.pad,
                 nucleus=self.nucleus, generator=generator,
@@ -75,6 +76,8 @@ class Trainer:
         self.heat_by_epoch: list[list[list[float]]] = []  # the same in every epoch, of gated runs
         self.seconds = 0.0
         pair.student.eval()  # dropout would make old and new log-probs differ on their own
+        if settings.compile:
+            pair.student.base_model.compile(dynamic=True)
         self.optimizer = torch.optim.AdamW(pair.student.parameters(), lr=settings.learning_rate)
 
     def state(self) -> dict[str, Any]:
