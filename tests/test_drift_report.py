@@ -1,9 +1,10 @@
-"""`drift_report`: what the study's folders hold, as JSON, tables and pictures."""
+"""`drift_report` and `drift_page`: what the study's folders hold, as JSON, tables and pictures."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
-from drift_gate.bench.distill import drift_pictures, drift_report, files, plan
+from drift_gate.bench.distill import drift_page, drift_pictures, drift_report, files, plan
 from drift_gate.bench.distill.jobs import Task
 from matplotlib import pyplot
 
@@ -65,14 +66,14 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_nothing_is_shown_of_nothing(study: Path) -> None:
     with pytest.raises(ValueError, match="no finished run"):
         drift_report.collect(study)
-    assert drift_report.section(None) == ["No run of it is finished."]
+    assert drift_page.section(None) == ["No run of it is finished."]
 
 
 def test_trials_alone_choose_nothing_before_they_are_over(study: Path) -> None:
     plan.select(study, 1)
     next((study / f"select-{CHOSEN.name}" / "runs").glob("lsm*s102.json")).unlink()
     found = json.loads(files.as_json(drift_report.collect(study)))
-    text = "\n".join(drift_report.section(found))
+    text = "\n".join(drift_page.section(found))
     assert "not over" in text
     assert "1 to go" in text
     assert not list(drift_pictures.drawn(found))
@@ -86,7 +87,7 @@ def test_a_finished_study_judges_its_main_comparisons(study: Path) -> None:
     assert found == json.loads(files.as_json(collected))
     assert found["bands"] == {"large": CHOSEN.name}
     verdicts = {
-        row["name"]: drift_report.judged(row, found["comparisons"])
+        row["name"]: drift_page.judged(row, found["comparisons"])
         for row in found["comparisons"]
         if row["main"] and row["band"] == "large"
     }
@@ -100,23 +101,33 @@ def test_a_finished_study_judges_its_main_comparisons(study: Path) -> None:
     assert found["collapse"]["seed"] == 3
     assert found["collapse"]["variant"] == "LSM + Block64"
     assert len(found["collapse"]["weights"]) == 5 * CHOSEN.epochs
-    text = "\n".join(drift_report.section(found))
+    text = "\n".join(drift_page.section(found))
     assert "| dropped |" in text
     assert "chosen: large drift" in text
+    several = re.findall(r"^\| large \| OPD, clip 0.05 \| ([^|]+)(?:\| ([^|]+)){6}\|$", text, re.M)
+    assert len(several) == 1, "one line, for what it is compared with"
+    assert f"{plan.OTHER_SEEDS} seeds" in text
+    readme = " ".join(drift_page.in_readme(found))
+    assert "1 is for the gate, 1 is against it: the study speaks neither" in readme
+    for row in found["comparisons"]:
+        if row["main"] and row["band"] == "large":
+            assert f"{row['gain']['pass@8']['mean']:+.3f} (" in readme
     shown = {name: figure for name, _, figure in drift_pictures.drawn(found)}
-    assert set(shown) == {"gain", "training", "weights"}
+    assert set(shown) == {"gain", "training", "weights", "others"}
+    assert len(shown["others"].axes) == 1  # a band
+    lines = [text.get_text() for text in shown["others"].axes[0].get_yticklabels()]
+    assert len(lines) == 23 and lines[0] == "OPD + Token" and lines[-1] == "OPD, rate 5e-05"
     assert len(shown["training"].axes) == 4  # two losses, one band and the default setting
 
 
 def test_the_page_and_its_pictures_come_from_the_results(study: Path) -> None:
     plan.select(study, 1)
     plan.compare(study, 1)
-    page, results = study / "page.md", study / "results.json"
-    page.write_text(f"before\n{drift_report.BEGIN}\nold\n{drift_report.END}\nafter\n")
-    drift_report.write_page(page, results)
+    page = study / "page.md"
+    page.write_text(f"before\n{drift_page.BEGIN}\nold\n{drift_page.END}\nafter\n")
+    drift_page.write_page(page, None)
     assert "No run" in page.read_text()
-    files.write_json(results, drift_report.collect(study))
-    drift_report.write_page(page, results)
+    drift_page.write_page(page, json.loads(files.as_json(drift_report.collect(study))))
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -136,7 +147,29 @@ def test_the_page_and_its_pictures_come_from_the_results(study: Path) -> None:
     ],
 )
 def test_verdicts_are_the_plans(interval: list[float], words: str) -> None:
-    assert drift_report.verdict(interval) == words
+    assert drift_page.verdict(interval) == words
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "words"),
+    [
+        (["for the gate", "undecided"], "the study speaks for the gate"),
+        (["no gain to speak of", "against it"], "the study speaks against the gate"),
+        (["for the gate", "against it"], "the study speaks neither for the gate nor against it"),
+        (["undecided"] * 4, "the study speaks neither for the gate nor against it"),
+    ],
+)
+def test_the_outcome_is_the_plans(verdicts: list[str], words: str) -> None:
+    assert drift_page.outcome(verdicts) == words
+
+
+def test_the_readme_waits_for_the_verdicts(study: Path) -> None:
+    assert "under way" in drift_page.in_readme(None)[0]
+    plan.select(study, 1)
+    plan.compare(study, 1)
+    for path in (study / "large-main" / "runs").glob("*_s7.json"):
+        path.unlink()
+    assert "under way" in drift_page.in_readme(drift_report.collect(study))[0]
 
 
 def test_no_verdict_before_all_seeds() -> None:
@@ -145,19 +178,20 @@ def test_no_verdict_before_all_seeds() -> None:
         return dict(main=True, band="small", seeds=seeds, gain=gain)
 
     narrow, wide = row(8, 0.01, 0.03), row(8, 0.01, 0.06)
-    assert drift_report.judged(narrow, [narrow]) == "for the gate"
-    assert drift_report.judged(narrow, [narrow, wide]) == "wide: 8 more seeds to go"
-    assert drift_report.judged(row(5, 0.01, 0.03), [narrow]) == "3 seeds to go"
+    assert drift_page.judged(narrow, [narrow]) == "for the gate"
+    assert drift_page.judged(narrow, [narrow, wide]) == "wide: 8 more seeds to go"
+    assert drift_page.judged(row(5, 0.01, 0.03), [narrow]) == "3 seeds to go"
     wide["seeds"] = narrow["seeds"] = 16
-    assert drift_report.judged(wide, [narrow, wide]) == "for the gate"
-    assert drift_report.judged({**narrow, "main": False}, [narrow]) == ""
-    assert drift_report.judged({**narrow, "band": "default"}, [narrow]) == ""
+    assert drift_page.judged(wide, [narrow, wide]) == "for the gate"
+    assert drift_page.judged({**narrow, "main": False}, [narrow]) == ""
+    assert drift_page.judged({**narrow, "band": "default"}, [narrow]) == ""
 
 
 def test_the_page_shows_the_committed_results() -> None:
     found = None
-    if drift_report.RESULTS.exists():
-        found = json.loads(drift_report.RESULTS.read_text())
-    text = drift_report.PAGE.read_text()
-    for line in drift_report.section(found):
+    if drift_page.RESULTS.exists():
+        found = json.loads(drift_page.RESULTS.read_text())
+    text, readme = drift_page.PAGE.read_text(), drift_page.README.read_text()
+    for line in drift_page.section(found):
         assert line in text
+    assert "\n".join(drift_page.in_readme(found)) in readme

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ..plots import COLOURS
 from .report import METRICS
@@ -21,6 +21,7 @@ Found = dict[str, Any]
 LOSS_COLOURS = {"OPD": COLOURS[0], "LSM": "#D55E00"}
 TOGETHER = 8  # positions whose weights are shown as one mean
 FEW = 3  # rollout batches that a point of a curve is the mean of
+GAIN = "Gain in pass@8 of each comparison against the mean drift"
 
 
 def drawn(found: Found) -> Iterator[tuple[str, str, Figure]]:
@@ -28,23 +29,24 @@ def drawn(found: Found) -> Iterator[tuple[str, str, Figure]]:
     rows = [row for row in found["comparisons"] if row["gain"][METRICS[0]]["interval"]]
     if not rows:  # of one seed nothing is shown
         return
-    yield "gain", "Gain in pass@8 of each comparison against the mean drift", gains(rows)
+    yield "gain", GAIN, gains([row for row in rows if row["part"] == 2])
     alt = "Share of prompts solved over training, with and without a gate"
     yield "training", alt, training(found)
     alt = "Gate weights by position and epoch in the run that fell furthest"
     yield "weights", alt, weights(found)
+    if more := [row for row in rows if row["part"] == 3]:
+        yield "others", "Gain in pass@8 of other gates and of other remedies", others(more)
 
 
 def gains(rows: list[dict[str, Any]]) -> Figure:
     """A point and its interval for each gate beside none, at the drift that none leaves."""
     figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
-    gates = [row for row in rows if " + " in row["name"] and row["against"] in LOSS_COLOURS]
-    places = _apart([(row["against"], row["drift"]) for row in gates])
+    places = _apart([(row["against"], row["drift"]) for row in rows])
     for loss, colour in LOSS_COLOURS.items():
         for main in (True, False):
             shown = [
                 (place, row["gain"][METRICS[0]])
-                for place, row in zip(places, gates, strict=True)
+                for place, row in zip(places, rows, strict=True)
                 if row["against"] == loss and row["main"] is main
             ]
             if not shown:
@@ -54,13 +56,13 @@ def gains(rows: list[dict[str, Any]]) -> Figure:
             axes.errorbar(
                 [place for place, _ in shown], middle, [middle - low, high - middle],
                 fmt="o" if main else ".", color=colour, capsize=3, alpha=1 if main else 0.45,
-                label=f"{loss}, {'Block64' if main else 'other gates'}",
+                label=f"{loss}, {'Block64' if main else 'NewlineSpan'}",
             )  # fmt: skip
     axes.axhline(0, color="0.4", linewidth=0.8)
     axes.set_xscale("log")
-    for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        which(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.tick_params(axis="x", which="both", length=4, pad=4)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("mean |old - new| log-prob in the last epoch, without a gate; nats")
     axes.set_ylabel("gain of the gate in pass@8")
     axes.set_title("Gated minus ungated, 95% intervals over seeds and problems", fontsize=10)
@@ -77,6 +79,38 @@ def _apart(points: list[tuple[str, float]]) -> list[float]:
         number = seen[point] = seen.get(point, -1) + 1
         placed.append(point[1] * 1.03**number)
     return placed
+
+
+def others(rows: list[dict[str, Any]]) -> Figure:
+    """A line for each of part 3, its gain over no gate and over Block64; a column for a band."""
+    bands = list(dict.fromkeys(row["band"] for row in rows))
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    figure, grid = pyplot.subplots(
+        1, len(bands), figsize=(10, 1.4 + 0.28 * len(names)), sharex=True, sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    beside = (("no gate", COLOURS[0], -0.14), ("Block64", "#D55E00", 0.14))
+    for band, axes in zip(bands, grid[0], strict=True):
+        for label, colour, shift in beside:
+            shown = [
+                (names.index(row["name"]) + shift, row["gain"][METRICS[0]])
+                for row in rows
+                if row["band"] == band and ("Block64" in row["against"]) is (label == "Block64")
+            ]
+            middle = np.array([gain["mean"] for _, gain in shown])
+            low, high = np.array([gain["interval"] for _, gain in shown]).T
+            axes.errorbar(
+                middle, [place for place, _ in shown], xerr=[middle - low, high - middle],
+                fmt="o", markersize=4, color=colour, capsize=2, linewidth=1, label=f"over {label}",
+            )  # fmt: skip
+        axes.axvline(0, color="0.4", linewidth=0.8)
+        axes.set_title(f"{band} drift", fontsize=10)
+    grid[0][0].set_yticks(range(len(names)), names, fontsize=9)
+    grid[0][0].set_ylim(len(names) - 0.5, -0.5)
+    figure.supxlabel("gain in pass@8, 95% intervals over seeds and problems", fontsize=10)
+    handles = grid[0][0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, fontsize=9, loc="outside upper center", ncols=2)
+    return _plain(figure)
 
 
 def training(found: Found) -> Figure:

@@ -1,14 +1,13 @@
-"""What the runs of docs/study_plan.md showed: results, tables, pictures.
+"""What the runs of docs/study_plan.md showed, as JSON.
 
 python -m drift_gate.bench.distill.drift_report FOLDER takes what `make drift-study` has finished
-into bench/results/drift_study.json; then, as without a folder, the tables of docs/when_to_gate.md
-and the pictures beside it are made from there. What is not finished is said.
+into bench/results/drift_study.json; then, as without a folder, pages and pictures are made from
+there (`drift_page`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import measure, pages
-from ..plots import save
-from . import drift_pictures, files, plan, report
+from .. import measure
+from . import drift_page, files, plan, report
 from .drift_pictures import TOGETHER
-from .findings import by_chance
 from .jobs import Task, Work
 from .report import METRICS
 from .settings import Job, Settings, jobs, variants
 from .study import curve_of
 from .workers import unfinished
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = ROOT / "bench" / "results" / "drift_study.json"
-PAGE = ROOT / "docs" / "when_to_gate.md"
-BEGIN, END = "<!-- drift study: make readme-table -->", "<!-- end of drift study -->"
-NONE = 0.02  # an interval within it, with 0 in it, is no gain to speak of
 
 
 def collect(root: Path) -> dict[str, Any]:
@@ -98,11 +89,15 @@ Runs = dict[str, list[dict[str, Any]]]  # results of a variant by seed
 
 
 def _runs_of_band(root: Path, band: str) -> Runs:
-    """Of all the band's folders; what stands in a folder of its own has the folder in its name."""
+    """Of all the band's folders, in the plan's order.
+
+    What stands in a folder of its own has the folder in its name.
+    """
     found: Runs = {}
-    for out in sorted(root.glob(f"{band}-*")):
+    for name in ("main", "more", *plan.other_settings(plan.GRID[0])):
+        if not (out := root / f"{band}-{name}").exists():
+            continue
         work = plan.command.resume(out)
-        name = out.name.removeprefix(f"{band}-")
         for job in jobs(work.settings):
             if (result := work.done(job.key)) is not None:
                 found.setdefault(_name(job, name), []).append(result)
@@ -111,7 +106,7 @@ def _runs_of_band(root: Path, band: str) -> Runs:
 
 def _name(job: Job, folder: str) -> str:
     common = folder in ("main", "more", "gates", "192")
-    return job.variant.name if common else f"{job.variant.name}, {folder.replace('-', ' ')}"
+    return job.variant.name if common else f"{job.variant.name}, {folder.replace('-', ' ', 1)}"
 
 
 def _comparisons(band: str, runs: Runs, settings: Settings) -> list[dict[str, Any]]:
@@ -124,14 +119,15 @@ def _comparisons(band: str, runs: Runs, settings: Settings) -> list[dict[str, An
             ours, theirs = _paired(results, runs.get(other, []))
             if not ours or name == other:
                 continue
-            moved = report.movement_of(ours)
+            moved, beside = (report.movement_of(side) for side in (ours, theirs))
             found.append(
                 dict(
-                    band=band, name=name, against=other, seeds=len(ours),
+                    band=band, name=name, against=other, part=2 if name in six else 3,
+                    main=name == f"{other} + Block64", seeds=len(ours),
                     gain=report.difference_of(ours, theirs, samples),
                     means=[_means(side, samples) for side in (ours, theirs)],
-                    drift=report.movement_of(theirs)["drift_abs"][-1],
-                    even=moved["effective_share"][-1], main=name == f"{other} + Block64",
+                    drift=beside["drift_abs"][-1], own_drift=moved["drift_abs"][-1],
+                    even=moved["effective_share"][-1],
                 )
             )  # fmt: skip
     return found
@@ -185,125 +181,14 @@ def _fall(result: dict[str, Any]) -> float:
     return max(max(shares[:i]) - shares[i] for i in range(1, len(shares)))
 
 
-def verdict(interval: list[float]) -> str:
-    """What the plan makes of an interval of the main comparison."""
-    low, high = interval
-    if low > 0:
-        return "for the gate"
-    if high < 0:
-        return "against it"
-    return "no gain to speak of" if low >= -NONE and high <= NONE else "undecided"
-
-
-def judged(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The verdict on a main comparison of a band once it has all its seeds; "" on others."""
-    if not row["main"] or row["band"] not in plan.BANDS:
-        return ""
-    if row["seeds"] < plan.SEEDS:
-        return f"{plan.SEEDS - row['seeds']} seeds to go"
-    same = [other for other in rows if other["main"] and other["band"] == row["band"]]
-    intervals = [other["gain"][METRICS[0]]["interval"] for other in same]
-    if any(high - low > plan.WIDE for low, high in intervals) and row["seeds"] < 2 * plan.SEEDS:
-        return f"wide: {2 * plan.SEEDS - row['seeds']} more seeds to go"
-    return verdict(row["gain"][METRICS[0]]["interval"])
-
-
-def section(found: dict[str, Any] | None) -> list[str]:
-    """The page's lines."""
-    if found is None:
-        return ["No run of it is finished."]
-    machine = found["machine"]
-    lines = [
-        f"{machine['device']}, torch {machine['torch']}, {machine['date']}, commit "
-        f"{machine['commit']}. Accuracy of the student before training: {found['before']:.3f}.",
-        "",
-        *_trials_table(found),
-    ]
-    if not found["finished"]:
-        return [
-            *lines,
-            "",
-            "These trials are not over; no setting is chosen, and no gated run was made.",
-        ]
-    if not found["bands"]:
-        return [*lines, "", "No setting qualifies: the study ends here, as its plan says."]
-    chosen = ", ".join(f"{band} drift {name}" for band, name in found["bands"].items())
-    lines += ["", f"Chosen: {chosen}."]
-    return lines + _comparison_lines(found)
-
-
-def _trials_table(found: dict[str, Any]) -> list[str]:
-    lines = [
-        "| rate | epochs | norm | mini-batch | warm-up "
-        "| accuracy, OPD | LSM | drift, OPD | LSM | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    taken = {name: band for band, name in found["bands"].items()}
-    for trial in found["trials"]:
-        cells = [f"{trial['learning_rate']:g}", str(trial["epochs"])]
-        cells += [f"{trial['gradient_norm']:g}", str(trial["minibatch"]), str(trial["warmup"])]
-        for figure in ("accuracy", "drift"):
-            for loss in plan.LOSSES:
-                values = [run[figure] for run in trial["runs"] if run["variant"] == loss]
-                form = ".2f" if figure == "accuracy" else ".3f"
-                cells.append(", ".join(f"{value:{form}}" for value in values))
-        band = taken.get(trial["name"])
-        cells.append(f"chosen: {band} drift" if band else trial["outcome"])
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def _comparison_lines(found: dict[str, Any]) -> list[str]:
-    rows = [row for row in found["comparisons"] if row["gain"][METRICS[0]]["interval"]]
-    if not rows:
-        return ["", "No comparison has two seeds yet, and one has no interval: none is shown."]
-    lines = [
-        "",
-        "| drift | | against | seeds | pass@8 | gain, pass@8 | gain, accuracy "
-        "| drift, nats | weights even to | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(rows, key=lambda row: not row["main"]):
-        gain = row["gain"]
-        cells = [row["band"], row["name"], row["against"], str(row["seeds"])]
-        cells += [f"{row['means'][0][METRICS[0]]:.3f}", *(_gain(gain[m]) for m in METRICS)]
-        cells += [f"{row['drift']:.3f}", f"{row['even']:.1%}"]
-        cells.append(judged(row, rows))
-        lines.append(f"| {' | '.join(cells)} |")
-    known = [row["gain"][m]["interval"] for row in rows for m in METRICS]
-    above = sum(low > 0 for low, _ in known)
-    below = sum(high < 0 for _, high in known)
-    lines += [
-        "",
-        f"Of {len(known)} intervals {above} lie above 0 and {below} below; of so many without any "
-        f"effect {by_chance(len(known))}.",
-    ]
-    return lines
-
-
-def _gain(figure: dict[str, Any]) -> str:
-    return f"{figure['mean']:+.3f} ({report.interval(figure, '+.3f')})"
-
-
-def write_page(page: Path, results: Path) -> None:
-    """Replace what lies between the page's marks, and draw what its pictures can show."""
-    found = json.loads(results.read_text()) if results.exists() else None
-    lines = section(found)
-    if found is not None:
-        for name, alt, figure in drift_pictures.drawn(found):
-            save(figure, page.with_name(f"drift_study_{name}.svg"))
-            lines += ["", f"![{alt}](drift_study_{name}.svg)"]
-    files.write({page: pages.between(page, BEGIN, END, "\n".join([*lines, ""])).encode()})
-
-
 def main() -> None:
-    """Collect, if there is a folder; then write the page."""
+    """Collect, if there is a folder; then write the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path)
     folder = parser.parse_args().folder
     if folder is not None:
-        files.write({RESULTS: files.as_lines(collect(folder))})
-    write_page(PAGE, RESULTS)
+        files.write({drift_page.RESULTS: files.as_lines(collect(folder))})
+    drift_page.write()
 
 
 if __name__ == "__main__":
