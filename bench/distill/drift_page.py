@@ -148,15 +148,12 @@ def _other_table(found: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     by_name: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: "Block64" in row["against"]):
         by_name.setdefault((row["band"], row["name"]), []).append(row)
-    for (band, name), both in by_name.items():
-        first, *_ = sorted(both, key=lambda row: len(row["against"]))
-        cells = [band, name, f"{first['means'][0][METRICS[0]]:.3f}"]
-        for row in sorted(both, key=lambda row: len(row["against"])):
-            cells += _gains(row)
-        even = f"{first['even']:.1%}" if " + " in name else ""
-        cells += [f"{first['own_drift']:.3f}", even]
+    for (band, name), (plain, gated) in by_name.items():
+        cells = [band, name, f"{plain['means'][0][METRICS[0]]:.3f}"]
+        cells += [*_gains(plain), *_gains(gated), f"{plain['own_drift']:.3f}"]
+        cells.append(f"{plain['even']:.1%}" if " + " in name else "")
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", _missing_zero(rows)]
 
