@@ -109,6 +109,12 @@ def test_a_finished_study_judges_its_main_comparisons(study: Path) -> None:
     assert f"{plan.OTHER_SEEDS} seeds" in text
     readme = " ".join(drift_page.in_readme(found))
     assert "1 is for the gate, 1 is against it: the study speaks neither" in readme
+    less = [
+        rows[f"OPD, {name}", "OPD"]
+        for name in ("epochs 1", "epochs 2", "rate 0.0001", "rate 5e-05")
+    ]
+    means = [row["gain"]["pass@8"]["mean"] for row in less]
+    assert f"a lower rate gained {min(means):+.3f} to {max(means):+.3f}" in readme
     for row in found["comparisons"]:
         if row["main"] and row["band"] == "large":
             assert f"{row['gain']['pass@8']['mean']:+.3f} (" in readme

@@ -105,8 +105,10 @@ def _runs_of_band(root: Path, band: str) -> Runs:
 
 
 def _name(job: Job, folder: str) -> str:
-    common = folder in ("main", "more", "gates", "192")
-    return job.variant.name if common else f"{job.variant.name}, {folder.replace('-', ' ', 1)}"
+    if folder in ("main", "more", "gates", "192"):
+        return job.variant.name
+    words = "renewed advantage" if folder == "current" else folder.replace("-", " ", 1)
+    return f"{job.variant.name}, {words}"
 
 
 def _comparisons(band: str, runs: Runs, settings: Settings) -> list[dict[str, Any]]:
