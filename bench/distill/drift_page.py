@@ -14,7 +14,7 @@ from typing import Any
 from .. import pages
 from ..plots import save
 from . import drift_pictures, files, plan, report
-from .drift_pictures import GAIN
+from .drift_pictures import GAIN, shown
 from .findings import by_chance
 from .report import METRICS
 
@@ -104,18 +104,9 @@ def _trials_table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _shown(found: dict[str, Any], part: int) -> list[Row]:
-    """The part's comparisons that have an interval: one seed has none."""
-    return [
-        row
-        for row in found["comparisons"]
-        if row["part"] == part and row["gain"][METRICS[0]]["interval"]
-    ]
-
-
 def _main_table(found: dict[str, Any]) -> list[str]:
     """Part 2: the six variants in the settings chosen, and in the default one."""
-    rows = _shown(found, 2)
+    rows = shown(found, 2)
     if not rows:
         return ["", "No comparison has two seeds yet, and one has no interval: none is shown."]
     lines = [
@@ -134,7 +125,7 @@ def _main_table(found: dict[str, Any]) -> list[str]:
 
 def _other_table(found: dict[str, Any]) -> list[str]:
     """Part 3: each beside no gate and beside Block64."""
-    rows = _shown(found, 3)
+    rows = shown(found, 3)
     if not rows:
         return ["", "Other gates, and what people use in their place: no runs yet."]
     seeds = sorted({row["seeds"] for row in rows})
@@ -169,16 +160,12 @@ def _missing_zero(rows: list[Row]) -> str:
 
 
 def _gains(row: Row) -> list[str]:
-    return [_gain(row["gain"][metric]) for metric in METRICS]
-
-
-def _gain(figure: dict[str, Any]) -> str:
-    return f"{figure['mean']:+.3f} ({report.interval(figure, '+.3f')})"
+    return [report.with_interval(row["gain"][metric], "+.3f") for metric in METRICS]
 
 
 def in_readme(found: dict[str, Any] | None) -> list[str]:
     """Two sentences and a picture, once every main comparison has its verdict."""
-    rows = _shown(found, 2) if found and found["finished"] else []
+    rows = shown(found, 2) if found and found["finished"] else []
     mains = [row for row in rows if row["main"] and row["band"] in plan.BANDS]
     verdicts = [judged(row, rows) for row in mains]
     if not mains or any(words not in VERDICTS for words in verdicts):
@@ -210,7 +197,7 @@ def _less_drift(found: dict[str, Any]) -> str:
     """What fewer epochs and lower rates gained over the settings that drift, if they have run."""
     means = [
         row["gain"][METRICS[0]]["mean"]
-        for row in _shown(found, 3)
+        for row in shown(found, 3)
         if row["against"] == "OPD" and row["name"].startswith(("OPD, epochs", "OPD, rate"))
     ]
     if not means:
@@ -223,7 +210,7 @@ def _less_drift(found: dict[str, Any]) -> str:
 
 def _of_band(rows: list[Row]) -> str:
     """The main gains of a band, and its drift."""
-    gains = (f"{_gain(row['gain'][METRICS[0]])} with {row['against']}" for row in rows)
+    gains = (f"{_gains(row)[0]} with {row['against']}" for row in rows)
     drifts = sorted(row["drift"] for row in rows)
     return f"{' and '.join(gains)} at {drifts[0]:.2f} to {drifts[-1]:.2f} nats of drift"
 

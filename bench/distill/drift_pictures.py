@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import matplotlib
@@ -18,23 +18,32 @@ from ..plots import COLOURS
 from .report import METRICS
 
 Found = dict[str, Any]
-LOSS_COLOURS = {"OPD": COLOURS[0], "LSM": "#D55E00"}
+FIRST, SECOND = COLOURS[0], "#D55E00"
+LOSS_COLOURS = {"OPD": FIRST, "LSM": SECOND}
 TOGETHER = 8  # positions whose weights are shown as one mean
 FEW = 3  # rollout batches that a point of a curve is the mean of
 GAIN = "Gain in pass@8 of each comparison against the mean drift"
 
 
+def shown(found: Found, part: int) -> list[dict[str, Any]]:
+    """The comparisons of a part of the plan that have an interval: one seed has none."""
+    return [
+        row
+        for row in found["comparisons"]
+        if row["part"] == part and row["gain"][METRICS[0]]["interval"]
+    ]
+
+
 def drawn(found: Found) -> Iterator[tuple[str, str, Figure]]:
     """Name, what it shows in words, and figure, of each picture that the results suffice for."""
-    rows = [row for row in found["comparisons"] if row["gain"][METRICS[0]]["interval"]]
-    if not rows:  # of one seed nothing is shown
+    if not (rows := shown(found, 2)):
         return
-    yield "gain", GAIN, gains([row for row in rows if row["part"] == 2])
+    yield "gain", GAIN, gains(rows)
     alt = "Share of prompts solved over training, with and without a gate"
     yield "training", alt, training(found)
     alt = "Gate weights by position and epoch in the run that fell furthest"
     yield "weights", alt, weights(found)
-    if more := [row for row in rows if row["part"] == 3]:
+    if more := shown(found, 3):
         yield "others", "Gain in pass@8 of other gates and of other remedies", others(more)
 
 
@@ -44,17 +53,16 @@ def gains(rows: list[dict[str, Any]]) -> Figure:
     places = _apart([(row["against"], row["drift"]) for row in rows])
     for loss, colour in LOSS_COLOURS.items():
         for main in (True, False):
-            shown = [
-                (place, row["gain"][METRICS[0]])
+            mine = [
+                (place, row)
                 for place, row in zip(places, rows, strict=True)
                 if row["against"] == loss and row["main"] is main
             ]
-            if not shown:
+            if not mine:
                 continue
-            middle = np.array([gain["mean"] for _, gain in shown])
-            low, high = np.array([gain["interval"] for _, gain in shown]).T
+            middle, around = _gains_of(row for _, row in mine)
             axes.errorbar(
-                [place for place, _ in shown], middle, [middle - low, high - middle],
+                [place for place, _ in mine], middle, around,
                 fmt="o" if main else ".", color=colour, capsize=3, alpha=1 if main else 0.45,
                 label=f"{loss}, {'Block64' if main else 'NewlineSpan'}",
             )  # fmt: skip
@@ -68,6 +76,14 @@ def gains(rows: list[dict[str, Any]]) -> Figure:
     axes.set_title("Gated minus ungated, 95% intervals over seeds and problems", fontsize=10)
     figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=4)
     return _plain(figure)
+
+
+def _gains_of(rows: Iterable[dict[str, Any]]) -> tuple[Any, Any]:
+    """Means [rows], and how far their intervals reach below and above, [2, rows]."""
+    gains = [row["gain"][METRICS[0]] for row in rows]
+    middle = np.array([gain["mean"] for gain in gains])
+    low, high = np.array([gain["interval"] for gain in gains]).T
+    return middle, np.array([middle - low, high - middle])
 
 
 def _apart(points: list[tuple[str, float]]) -> list[float]:
@@ -89,18 +105,17 @@ def others(rows: list[dict[str, Any]]) -> Figure:
         1, len(bands), figsize=(10, 1.4 + 0.28 * len(names)), sharex=True, sharey=True,
         squeeze=False, layout="constrained",
     )  # fmt: skip
-    beside = (("no gate", COLOURS[0], -0.14), ("Block64", "#D55E00", 0.14))
+    beside = (("no gate", FIRST, -0.14), ("Block64", SECOND, 0.14))
     for band, axes in zip(bands, grid[0], strict=True):
         for label, colour, shift in beside:
-            shown = [
-                (names.index(row["name"]) + shift, row["gain"][METRICS[0]])
+            mine = [
+                row
                 for row in rows
                 if row["band"] == band and ("Block64" in row["against"]) is (label == "Block64")
             ]
-            middle = np.array([gain["mean"] for _, gain in shown])
-            low, high = np.array([gain["interval"] for _, gain in shown]).T
+            middle, around = _gains_of(mine)
             axes.errorbar(
-                middle, [place for place, _ in shown], xerr=[middle - low, high - middle],
+                middle, [names.index(row["name"]) + shift for row in mine], xerr=around,
                 fmt="o", markersize=4, color=colour, capsize=2, linewidth=1, label=f"over {label}",
             )  # fmt: skip
         axes.axvline(0, color="0.4", linewidth=0.8)

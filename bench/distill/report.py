@@ -216,6 +216,11 @@ def interval(figure: dict[str, Any], form: str) -> str:
     return f"{low:{form}} to {high:{form}}"
 
 
+def with_interval(figure: dict[str, Any], form: str) -> str:
+    """A mean and its interval, as text."""
+    return f"{figure['mean']:{form}} ({interval(figure, form)})"
+
+
 def _details(row: dict[str, Any]) -> list[str]:
     passed, accuracy = (row["figures"][metric] for metric in METRICS)
     found = [*passed["benchmarks"].values(), accuracy["mean"]]

@@ -148,7 +148,7 @@ def _line(row: dict[str, Any]) -> str:
     cells = [
         name,
         str(row["epochs"] or ""),
-        _interval(figures, ".3f"),
+        report.with_interval(figures, ".3f"),
         _gain(gain[METRICS[0]]) if gain else "",
         f"{accuracy['mean']:.3f}",
         f"{row['gap_closed']:.0%}" if row.get("gap_closed") is not None else "",
@@ -159,11 +159,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def _gain(figure: dict[str, Any]) -> str:
     """One seed's has no interval."""
-    return _interval(figure, "+.3f") if figure["interval"] else f"{figure['mean']:+.3f}"
-
-
-def _interval(figure: dict[str, Any], form: str) -> str:
-    return f"{figure['mean']:{form}} ({report.interval(figure, form)})"
+    return report.with_interval(figure, "+.3f") if figure["interval"] else f"{figure['mean']:+.3f}"
 
 
 def write_page(path: Path, results: Path) -> None:
